@@ -1,0 +1,1 @@
+"""The engine: checkpoints in and out, calibration data, the pipeline, training, verification, evaluation, reports."""
