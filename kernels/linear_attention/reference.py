@@ -1,0 +1,293 @@
+"""Specification of the hybrid attention: a softmax window and a linear past under one denominator.
+
+LoLCATs (arXiv:2410.10254, Eq. 7). With W(i) the last `window_size` positions up to and including i,
+
+    y_i = ( g Σ_{j∈W(i)} exp(s_ij) v_j + λ Σ_{j<W(i)} φq(q_i)·φk(k_j) v_j )
+        / ( g Σ_{j∈W(i)} exp(s_ij)     + λ Σ_{j<W(i)} φq(q_i)·φk(k_j)     ),      s_ij = scale · q_i·k_j
+
+Both branches are multiplied by the same exp(-m_i), so the result does not depend on the stabiliser m_i. (The original
+code subtracts the maximum from the window branch alone, which changes the function with every row.)
+
+Letters: B batch, H query heads, G key/value heads, L feature-map key heads (G or H), T queries, P keys before the first
+query, D head dim, F feature dim. All arithmetic is fp32; time and memory are linear in T.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def hedgehog_feature_map(x: Tensor, weight: Tensor) -> Tensor:
+    """Hedgehog features as LoLCATs uses them (arXiv:2402.04347 Eq. 3, arXiv:2410.10254 Appendix A).
+
+    φ(x) = [softmax(Wᵀx) ⊕ softmax(−Wᵀx)]: two separate softmaxes, so φ(q)·φ(k) lies in (0, 2].
+
+    Args:
+        x: (B, H, T, D).
+        weight: (H, D, F/2), one map a head.
+
+    Returns:
+        (B, H, T, F), fp32, strictly positive.
+    """
+    z = x.float() @ weight.float()
+    return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1).clamp(min=1e-12)
+
+
+def linear_state(k: Tensor, v: Tensor, feature_map_k: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Sum what keys and values leave behind: Σ_j φ(k_j) [v_j, 1]ᵀ.
+
+    Args:
+        k, v: (B, G, S, D).
+        feature_map_k: (L, D, F/2) with L = G or H.
+        key_mask: (B, S), False for keys that do not count.
+
+    Returns:
+        (B, L, F, D + 1), fp32; the last column is the denominator.
+    """
+    heads = feature_map_k.shape[0]
+    phi_k = hedgehog_feature_map(_expand_heads(k, heads), feature_map_k)
+    if key_mask is not None:
+        phi_k = phi_k * key_mask[:, None, :, None]
+    return phi_k.transpose(-1, -2) @ _with_ones(_expand_heads(v, heads))
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map_q: Tensor,
+    feature_map_k: Tensor,
+    window_factor: Tensor,
+    *,
+    window_size: int,
+    scale: float,
+    linear_weight: float = 1.0,
+    window_weight: float = 1.0,
+    state: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    return_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to a softmax window and a linear past (module docstring: the equation and the letters).
+
+    Args:
+        q: (B, H, T, D), the queries of the last T positions.
+        k, v: (B, G, P + T, D) with P <= window_size - 1: the keys still in the window, then the new ones.
+        feature_map_q: (H, D, F/2).
+        feature_map_k: (L, D, F/2); L = G keeps one state a key/value head, L = H one a query head.
+        window_factor: (H,), the mixing factor g > 0.
+        window_size: keys a query sees through softmax, itself included.
+        scale: softmax scale, usually 1/sqrt(D).
+        linear_weight: λ; 0 leaves window attention exactly.
+        window_weight: multiplies g; 0 leaves the linear past alone.
+        state: (B, L, F, D + 1), the past that has left the window; None for an empty one.
+        key_mask: (B, P + T), False for padding. Queries at padded positions get zeros.
+        segment_ids: (B, T), non-decreasing; packed sequences that do not see each other. Needs P = 0 and no state.
+        return_state: also return the state after these T positions.
+
+    Returns:
+        The output (B, H, T, D) in the dtype of `v`, and the new state (or None).
+
+    Raises:
+        ValueError: on shapes that do not fit, naming them.
+    """
+    _check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids)
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    blocks = _one_block if num_queries <= window_size else _window_blocks
+    layout = blocks(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids)
+    out = _attend(layout, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight)
+    out = out[:, :, :num_queries].to(v.dtype)
+    if not return_state:
+        return out, None
+    leaving = max(num_keys - (window_size - 1), 0)
+    gone = linear_state(
+        k[:, :, :leaving], v[:, :, :leaving], feature_map_k, None if key_mask is None else key_mask[:, :leaving]
+    )
+    return out, gone if state is None else state + gone
+
+
+class _Blocks(NamedTuple):
+    """Queries and the keys they may see, in N blocks of C queries and S keys; `state` is what each block starts from."""
+
+    q: Tensor  # (B, H, N, C, D)
+    k: Tensor  # (B, G, N, S, D)
+    v: Tensor  # (B, G, N, S, D)
+    window_mask: Tensor  # (B or 1, N, C, S)
+    linear_mask: Tensor | None  # the same; None when no key of the block is past the window
+    state: Tensor | None  # (B, L, N, F, D + 1)
+    state_mask: Tensor | None  # (B, N, C): queries whose own segment the state belongs to
+
+
+def _one_block(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids) -> _Blocks:
+    """Few queries (decode, short prompts): one block holds them all."""
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    query_pos = torch.arange(num_keys - num_queries, num_keys, device=q.device)
+    distance = query_pos[:, None] - torch.arange(num_keys, device=q.device)
+    visible = (distance >= 0)[None, None]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :] & key_mask[:, None, -num_queries:, None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    linear_mask = visible & (distance >= window_size) if num_keys > window_size else None
+    return _Blocks(
+        q[:, :, None],
+        k[:, :, None],
+        v[:, :, None],
+        visible & (distance < window_size),
+        linear_mask,
+        None if state is None else state[:, :, None],
+        None if key_mask is None else key_mask[:, None, -num_queries:],
+    )
+
+
+def _window_blocks(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids) -> _Blocks:
+    """Many queries: blocks of `window_size`, each seeing itself, the block before, and the state of all others."""
+    batch, num_queries, num_keys, size = q.shape[0], q.shape[2], k.shape[2], window_size
+    num_blocks = math.ceil(num_queries / size)
+    tail = num_blocks * size - num_queries
+    head = size - (num_keys - num_queries)  # empty slots before the past keys, which fill block 0 from the right
+    q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (num_blocks, size))
+    k, v = (F.pad(x, (0, 0, head, tail)).unflatten(2, (num_blocks + 1, size)) for x in (k, v))
+    real = torch.ones(1, num_keys, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
+    real = F.pad(real, (head, tail)).unflatten(1, (num_blocks + 1, size))
+    segments = None
+    if segment_ids is not None:
+        padded = F.pad(segment_ids, (0, tail), mode="replicate") if tail else segment_ids
+        segments = F.pad(padded, (head, 0), value=-1).unflatten(1, (num_blocks + 1, size))
+
+    query_pos, key_pos = torch.arange(size, device=q.device)[:, None] + size, torch.arange(2 * size, device=q.device)
+    distance = query_pos - key_pos
+    visible = (distance >= 0) & _pairs(real)[:, :, None, :] & real[:, 1:, :, None]
+    if segments is not None:
+        visible = visible & (segments[:, 1:, :, None] == _pairs(segments)[:, :, None, :])
+    states, state_mask = _block_states(k, v, feature_map_k, real, segments, state)
+    if state_mask is None and key_mask is not None:
+        state_mask = real[:, 1:]
+    return _Blocks(
+        q,
+        torch.cat([k[:, :, :-1], k[:, :, 1:]], dim=3),
+        torch.cat([v[:, :, :-1], v[:, :, 1:]], dim=3),
+        visible & (distance < size),
+        visible & (distance >= size),
+        states.expand(batch, -1, -1, -1, -1),
+        state_mask,
+    )
+
+
+def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, Tensor | None]:
+    """State that each of the N query blocks starts from: all key blocks but its own and the one before.
+
+    With segments, S_n holds only the keys of the segment that is open at the end of key block n - 1, so a query uses it
+    exactly when it belongs to that segment.
+    """
+    num_blocks = k.shape[2] - 1
+    counted = real
+    if segments is not None:
+        open_segment = segments[:, :, -1]
+        counted = real & (segments == open_segment[:, :, None])
+    counted = counted.expand(k.shape[0], -1, -1)
+    gone = torch.stack(
+        [linear_state(k[:, :, n], v[:, :, n], feature_map_k, counted[:, n]) for n in range(num_blocks - 1)], dim=2
+    )
+    first = torch.zeros_like(gone[:, :, 0]) if state is None else state
+    if segments is None:
+        return torch.cat([first[:, :, None], first[:, :, None] + gone.cumsum(2)], dim=2), None
+    states = [first]
+    for n in range(num_blocks - 1):
+        same = (open_segment[:, n] == open_segment[:, n - 1]) if n else torch.zeros_like(open_segment[:, 0], dtype=bool)
+        states.append(gone[:, :, n] + states[-1] * same[:, None, None, None])
+    before = F.pad(open_segment[:, : num_blocks - 1], (1, 0), value=-2)
+    return torch.stack(states, dim=2), (segments[:, 1:] == before[:, :, None]) & real[:, 1:]
+
+
+def _attend(blocks, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight) -> Tensor:
+    """Evaluate the equation on every block and return (B, H, N·C, D), fp32."""
+    q, k, v = blocks.q.float(), blocks.k.float(), blocks.v.float()
+    batch, heads, num_blocks, size, dim = q.shape
+
+    scores = _grouped(q, k.shape[1]) @ k.transpose(-1, -2) * scale
+    scores = scores.unflatten(3, (-1, size)).masked_fill(~blocks.window_mask[:, None, :, None], -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    p = torch.exp(scores - top)
+    window = _ungrouped(p.flatten(3, 4) @ _with_ones(v), heads, size)  # (B, H, N, C, D + 1)
+    top = _ungrouped(top.flatten(3, 4), heads, size)
+    log_window = window_factor.float().log()[None, :, None, None, None] + _log(window_weight)
+
+    linear = _linear_branch(blocks, q, k, v, feature_map_q, feature_map_k)  # (B, H, N, C, D + 1)
+    log_linear = torch.full_like(top, _log(linear_weight)).masked_fill(linear[..., -1:] <= 0, -torch.inf)
+
+    # m is the larger of the two branches' log mass: no exponential below can overflow.
+    mass = torch.maximum(
+        top + log_window + window[..., -1:].clamp(min=1e-38).log(), log_linear + linear[..., -1:].clamp(min=1e-38).log()
+    )
+    m = mass.detach().clamp(min=torch.finfo(torch.float32).min / 2)
+    total = window * torch.exp(top + log_window - m) + linear * torch.exp(log_linear - m)
+    out = total[..., :dim] / total[..., dim:].where(total[..., dim:] > 0, 1.0)
+    return out.flatten(2, 3)
+
+
+def _linear_branch(blocks, q, k, v, feature_map_q, feature_map_k) -> Tensor:
+    """Σ φq·φk [v, 1] over the state and over the block's own keys past the window; (B, H, N, C, D + 1)."""
+    batch, heads, num_blocks, size, dim = q.shape
+    map_heads = feature_map_k.shape[0]
+    phi_q = hedgehog_feature_map(q.flatten(2, 3), feature_map_q).unflatten(2, (num_blocks, size))
+    phi_q = _grouped(phi_q, map_heads)  # (B, L, N, R·C, F)
+    out = torch.zeros((*phi_q.shape[:-1], dim + 1), dtype=q.dtype, device=q.device)
+    if blocks.state is not None:
+        past = phi_q @ blocks.state
+        if blocks.state_mask is not None:
+            past = (past.unflatten(3, (-1, size)) * blocks.state_mask[:, None, :, None, :, None]).flatten(3, 4)
+        out = out + past
+    if blocks.linear_mask is not None:
+        keys = _expand_heads(k, map_heads)
+        phi_k = hedgehog_feature_map(keys.flatten(2, 3), feature_map_k).unflatten(2, (num_blocks, -1))
+        weights = (phi_q @ phi_k.transpose(-1, -2)).unflatten(3, (-1, size))
+        weights = (weights * blocks.linear_mask[:, None, :, None]).flatten(3, 4)
+        out = out + weights @ _with_ones(_expand_heads(v, map_heads))
+    return _ungrouped(out, heads, size)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(B, H, N, C, X) -> (B, groups, N, R·C, X): the R query heads of a group share its keys."""
+    return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
+
+
+def _ungrouped(x: Tensor, heads: int, size: int) -> Tensor:
+    """Undo `_grouped`: (B, groups, N, R·C, X) -> (B, H, N, C, X)."""
+    return x.unflatten(3, (heads // x.shape[1], size)).transpose(2, 3).flatten(1, 2)
+
+
+def _expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat key/value heads (dim 1) until there are `heads` of them."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _with_ones(v: Tensor) -> Tensor:
+    return F.pad(v.float(), (0, 1), value=1.0)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """(B, N + 1, C) -> (B, N, 2C): each block behind the one before it."""
+    return torch.cat([x[:, :-1], x[:, 1:]], dim=2)
+
+
+def _log(weight: float) -> float:
+    return math.log(weight) if weight > 0 else -math.inf
+
+
+def _check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids) -> None:
+    heads, kv_heads, past = q.shape[1], k.shape[1], k.shape[2] - q.shape[2]
+    if heads % kv_heads or feature_map_q.shape[0] != heads or feature_map_k.shape[0] not in (kv_heads, heads):
+        raise ValueError(
+            f"heads do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, feature_map_q {tuple(feature_map_q.shape)}, "
+            f"feature_map_k {tuple(feature_map_k.shape)}"
+        )
+    if window_size < 1 or not 0 <= past < window_size:
+        raise ValueError(f"{past} past keys do not fit a window of {window_size}: k {tuple(k.shape)}")
+    if segment_ids is not None and (past or state is not None):
+        raise ValueError("segment_ids are for whole packed sequences: they take neither past keys nor a state")
