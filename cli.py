@@ -1,0 +1,367 @@
+"""The `kit` command: parse, call one function, print. Only typer is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from kit.convert.errors import KitError
+
+app = typer.Typer(
+    name="kit",
+    help="Make a Hugging Face language model cheaper to run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="List, show and copy recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub id, or smollm2.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda:0.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code inside the checkpoint run.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries underneath say.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Hub id, .txt/.jsonl/.parquet file, folder, or self.", show_default=False),
+]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Options of every command."""
+    if version:
+        from kit import __version__
+
+        print(__version__)
+        raise typer.Exit()
+    if debug:
+        os.environ["KIT_DEBUG"] = "1"
+
+
+@app.command()
+def convert(
+    model: Model,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file; see `kit recipes ls`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    dataset: Dataset = None,
+    num_samples: Annotated[int | None, typer.Option(help="Rows of data.", show_default=False)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a row.", show_default=False)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Rows an update, in every stage.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default=False, help="Seed of data and training.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the result: auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens of the before/after table; 0: none.")] = 4096,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed conversion.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result, privately.", show_default=False)
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Convert a model with a recipe and write a new checkpoint."""
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.export import parse_size
+    from kit.convert.pipeline import Options, plan
+    from kit.convert.pipeline import convert as run
+    from kit.recipes import load_recipes
+
+    _libraries(verbose)
+    data = {"data.dataset": dataset, "data.num_samples": num_samples, "data.seq_len": seq_len, "seed": seed}
+    overrides = [*(f"{key}={value}" for key, value in data.items() if value is not None), *(set_ or [])]
+    recipes = load_recipes(recipe, overrides)
+    if batch_size is not None:
+        for each in recipes:
+            each.set_batch_size(batch_size)
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    options = Options(
+        output=output,
+        dtype=dtype,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        max_shard_size=parse_size(max_shard_size),
+        eval_tokens=eval_tokens,
+        command=_command_line(),
+    )
+    items = plan(checkpoint, recipes, options)
+    if not json_:
+        _print_pairs("Plan", {item.what: item.value for item in items})
+    if dry_run:
+        if json_:
+            _print_json({"plan": {item.what: item.value for item in items}})
+        return
+    report = run(checkpoint, recipes, options, _progress(quiet or json_))
+    if push_to_hub:
+        from kit.convert.hub import push
+
+        report["hub"] = push(output, push_to_hub)
+    if json_:
+        _print_json({"output": str(output), **report})
+        return
+    if "evaluation" in report:
+        _print_evaluation(report["evaluation"])
+    cost = report["cost"]
+    print(f"{output}: written and verified in {cost['seconds']:.0f} s, peak {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models to measure.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The model they were made from.", show_default=False)] = None,
+    dataset: Dataset = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window of --dataset.")] = 2048,
+    limit: Annotated[int | None, typer.Option("--limit", "-L", help="At most so many windows.", show_default=False)] = None,
+    num_tokens: Annotated[int, typer.Option(help="Held-out tokens sampled from the base; 0: none.")] = 4096,
+    ablations: Annotated[bool, typer.Option("--ablations", help="Also without a branch of the attention.")] = False,
+    speed: Annotated[bool, typer.Option(help="Time prefill and decode.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled text.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure perplexity, agreement with the base, speed and memory."""
+    _libraries(verbose)
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.evaluate import evaluate as run
+    from kit.convert.pipeline import resolve_device
+
+    opened = {name: open_checkpoint(name, trust_remote_code=trust_remote_code) for name in models}
+    result = run(
+        {_short(name): checkpoint for name, checkpoint in opened.items()},
+        base=open_checkpoint(base, trust_remote_code=trust_remote_code) if base else None,
+        num_tokens=num_tokens,
+        dataset=dataset,
+        seq_len=seq_len,
+        max_windows=limit,
+        seed=seed,
+        dtype=dtype,
+        device=resolve_device(device),
+        ablations=ablations,
+        speed=speed,
+        trust_remote_code=trust_remote_code,
+        progress=_progress(quiet or json_),
+    )
+    _print_json(result) if json_ else _print_evaluation(result)
+
+
+@app.command()
+def chat(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and stop.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk to a model; text streams as it is made."""
+    _libraries(verbose)
+    from kit.convert.chat import chat as run
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.pipeline import resolve_device
+
+    run(
+        open_checkpoint(model, trust_remote_code=trust_remote_code),
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        dtype=dtype,
+        device=resolve_device(device),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command("inspect")
+def inspect_model(model: Model, revision: Revision = None, trust_remote_code: Trust = False, json_: Json = False) -> None:
+    """Print what a model is and which recipes take it; weights are not read."""
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.inspect import inspect
+    from kit.recipes import available
+
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    facts = inspect(checkpoint, [cls(cls.config_class(recipe=name)) for name, cls in available().items()])
+    if json_:
+        _print_json(facts)
+        return
+    shown = {key: value for key, value in facts.items() if not isinstance(value, dict)}
+    shown["parameters"], shown["bytes"] = f"{facts['parameters']:,}", f"{facts['bytes']:,}"
+    for part, count in facts["parameters_by_part"].items():
+        shown[f"  {part}"] = f"{count:,}"
+    for name, count in facts["parameters_by_dtype"].items():
+        shown[f"stored as {name}"] = f"{count:,}"
+    cache = facts["cache_bytes"]
+    shown["cache (16-bit keys)"] = f"{cache['per_token']:,} bytes a token, and {cache['constant']:,} bytes a sequence"
+    for name, refusal in facts["recipes"].items():
+        shown[f"recipe {name}"] = f"no: {refusal}" if refusal else "applies"
+    _print_pairs(shown.pop("source"), {key.replace("_", " "): value for key, value in shown.items()})
+
+
+@recipes_app.command("ls")
+def recipes_ls(json_: Json = False) -> None:
+    """List presets and the recipes they configure."""
+    from kit.recipes import available, presets
+
+    known, recipes = presets(), available()
+    if json_:
+        _print_json([{"name": p.name, "recipe": p.recipe, "summary": p.summary} for p in known.values()])
+        return
+    for preset in known.values():
+        print(f"{preset.name:20} {preset.summary}")
+    print()
+    for name, cls in recipes.items():
+        print(f"{name:20} {(cls.__doc__ or '').splitlines()[0]} {cls.paper}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(help="Preset or recipe.")]) -> None:
+    """Print a preset and describe every option of its recipe."""
+    from kit.recipes import describe, preset
+
+    found = preset(name)
+    print(found.text)
+    for path, kind, default, text in describe(found.recipe):
+        print(f"{path:28} {kind:12} default {default}\n    {text}")
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(help="Preset.")],
+    file: Annotated[Path, typer.Argument(help="Where to; edit it, then `kit convert --recipe FILE`.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Copy a preset to edit it."""
+    from kit.convert.errors import ExitCode, KitError
+    from kit.recipes import preset
+
+    text = preset(name).text
+    if file.exists() and not overwrite:
+        raise KitError(
+            "the file exists already",
+            where=str(file),
+            next_step="choose another name, or add --overwrite",
+            exit_code=ExitCode.USAGE,
+        )
+    file.write_text(text, encoding="utf-8")
+    print(f"{file}: edit it, then run `kit convert MODEL --recipe {file} -o OUT`")
+
+
+def _short(name: str) -> str:
+    return name.rstrip("/").split("/")[-1]
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["kit", *sys.argv[1:]])
+
+
+def _libraries(verbose: bool) -> None:
+    """Keep transformers and datasets from printing bars and notes over ours."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if verbose:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|datasets)\b")
+
+
+def _progress(quiet: bool) -> Any:
+    from rich.console import Console
+
+    from kit.convert.progress import make_progress
+
+    return make_progress(Console(stderr=True), quiet)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1))
+
+
+def _print_pairs(title: str, pairs: dict[str, Any]) -> None:
+    print(title)
+    for key, value in pairs.items():
+        print(f"  {key:20} {value}")
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from kit.convert.report import rich_table, settings_line
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(rich_table(result["rows"]))
+    console.print(settings_line(result["settings"]), highlight=False)
+
+
+def main() -> None:
+    """Run the command; errors become three lines and an exit code."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        _interrupted()
+    except Exception as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    from kit.convert.errors import ExitCode, KitError
+
+    if os.environ.get("KIT_DEBUG"):
+        raise error
+    if not isinstance(error, KitError):
+        error = KitError(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}",
+            where=_command_line(),
+            next_step="this is unexpected: run `kit --debug ...` for the traceback, and report it",
+            exit_code=ExitCode.FAILED,
+        )
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(int(error.exit_code))
+
+
+def _interrupted() -> None:
+    command = _command_line()
+    if " convert " in f" {command} " and "--resume" not in command:
+        command += " --resume"
+    print(f"interrupted: finished steps are kept\n  where: {Path.cwd()}\n  next:  {command}", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

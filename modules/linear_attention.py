@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,3 +111,20 @@ class CacheSlot:
     def store(self, state: Tensor) -> None:
         """Keep the state for the next step."""
         self.cache.update_recurrent_state(state, self.layer_idx)
+
+
+ABLATIONS = {"window only": (0.0, 1.0), "linear only": (1.0, 0.0), "attention zeroed": (0.0, 0.0)}
+
+
+@contextmanager
+def branch_weights(model: nn.Module, linear: float, window: float) -> Iterator[None]:
+    """Scale the two branches of every hybrid layer while the context is open; see `ABLATIONS`."""
+    layers = [module for module in model.modules() if isinstance(module, HybridLinearAttention)]
+    before = [(layer.linear_weight, layer.window_weight) for layer in layers]
+    for layer in layers:
+        layer.linear_weight, layer.window_weight = layer.linear_weight * linear, layer.window_weight * window
+    try:
+        yield
+    finally:
+        for layer, weights in zip(layers, before, strict=True):
+            layer.linear_weight, layer.window_weight = weights

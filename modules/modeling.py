@@ -152,7 +152,7 @@ class LinearizedModel(LinearizedPreTrained):
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         elif attention_mask is None and position_ids is not None and past_key_values is None:
-            segment_ids = _segments(position_ids)
+            segment_ids = packed_segments(position_ids)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask={LAYER_TYPE: None} if self.masks_by_layer_type else None,
@@ -204,8 +204,8 @@ class LinearizedForCausalLM(LinearizedPreTrained):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
-def _segments(position_ids: Tensor) -> Tensor | None:
-    """(B, T) positions -> (B, T) sequence numbers, or None if every row is one sequence."""
+def packed_segments(position_ids: Tensor) -> Tensor | None:
+    """Number packed sequences: (B, T) positions -> (B, T) sequence numbers, or None if every row is one sequence."""
     restarts = (position_ids[:, 1:] - position_ids[:, :-1]) != 1
     if not restarts.any():
         return None

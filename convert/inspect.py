@@ -1,0 +1,89 @@
+"""What a model is, from config.json and tensor headers alone, and which recipes take it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kit.convert.checkpoint import Checkpoint
+from kit.convert.errors import KitError
+from kit.convert.recipe import ModelFacts, Recipe
+
+PARTS = {"attention": (".self_attn.", ".attention."), "mlp": (".mlp.", ".feed_forward."), "norm": ("norm.",)}
+
+
+def inspect(checkpoint: Checkpoint, recipes: list[Recipe]) -> dict[str, Any]:
+    """Describe a model without reading weights.
+
+    Args:
+        checkpoint: the model.
+        recipes: recipes to try on it, with the options of their presets.
+
+    Returns:
+        Architecture, shapes, parameters by part, dtypes, tied weights, cache bytes, and for each recipe None if it applies
+        or the reason why not.
+    """
+    facts = ModelFacts.of(checkpoint)
+    heads, kv_heads, head_dim = facts.heads
+    parts: dict[str, int] = {}
+    dtypes: dict[str, int] = {}
+    for name, info in checkpoint.tensors.items():
+        parts[_part(name)] = parts.get(_part(name), 0) + info.numel
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.numel
+    return {
+        "source": checkpoint.source,
+        "model_type": facts.model_type,
+        "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
+        "layers": facts.num_layers,
+        "hidden_size": checkpoint.config["hidden_size"],
+        "query_heads": heads,
+        "key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocabulary": checkpoint.config["vocab_size"],
+        "context": checkpoint.config.get("max_position_embeddings"),
+        "parameters": checkpoint.num_parameters,
+        "parameters_by_part": parts,
+        "parameters_by_dtype": dtypes,
+        "bytes": checkpoint.nbytes,
+        "tied_embeddings": checkpoint.tied_embeddings,
+        "cache_bytes": cache_bytes(checkpoint.config),
+        "recipes": {recipe.name: _refusal(recipe, facts) for recipe in recipes},
+    }
+
+
+def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:
+    """What the cache of one sequence costs: bytes for each further token, and a part that does not grow.
+
+    Args:
+        config: config.json.
+        bytes_each: bytes a cached key or value number; the recurrent state is fp32.
+    """
+    facts = ModelFacts(config, {})
+    heads, kv_heads, head_dim = facts.heads
+    keys_and_values = 2 * kv_heads * head_dim * bytes_each
+    window, linear = config.get("sliding_window"), config.get("linear_attention")
+    found = {"per_token": 0, "constant": 0}
+    for kind in config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * facts.num_layers:
+        if kind == "full_attention" or not window:
+            found["per_token"] += keys_and_values
+        else:
+            found["constant"] += keys_and_values * (window - 1)
+        if kind == "hybrid_sliding" and linear:
+            state_heads = kv_heads if linear["feature_map_heads"] == "kv" else heads
+            found["constant"] += state_heads * 2 * linear["feature_dim"] * (head_dim + 1) * 4
+    return found
+
+
+def _part(name: str) -> str:
+    if "embed_tokens" in name or "lm_head" in name:
+        return "embedding and head"
+    if "linear_attention" in name:
+        return "linear attention"
+    return next((part for part, marks in PARTS.items() if any(mark in name for mark in marks)), "other")
+
+
+def _refusal(recipe: Recipe, facts: ModelFacts) -> str | None:
+    try:
+        recipe.plan(facts)
+    except KitError as error:
+        return error.what
+    return None

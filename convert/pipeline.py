@@ -1,0 +1,426 @@
+"""plan -> calibrate -> transform -> (train) -> write -> verify -> evaluate -> report.
+
+Layer stages stream: one decoder layer is resident, its changed tensors are committed to the work folder, and it is
+freed. Train stages hold the whole model. Nothing here knows a recipe by name.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kit.convert.checkpoint import Checkpoint, check_matches_config
+from kit.convert.errors import ExitCode, KitError
+from kit.convert.measure import hardware, peak_memory, reset_peak_memory, versions
+from kit.convert.progress import Progress
+from kit.convert.recipe import Layer, ModelFacts, PlanItem, Recipe, Stage, TrainRun
+from kit.convert.work import WorkFolder, put_in_place, restore_old
+
+if TYPE_CHECKING:
+    import torch
+
+    from kit.convert.data import TokenRows
+    from kit.convert.streaming import StreamedModel, TensorView
+
+PROBE_TOKENS = 96
+
+
+@dataclass
+class Options:
+    """How to convert, apart from what the recipes say.
+
+    Attributes:
+        output: folder to make.
+        dtype: of the written weights; "auto" is the source's.
+        device: "auto", "cpu" or a CUDA device.
+        resume: go on from a killed run's work folder.
+        overwrite: replace an existing output.
+        max_shard_size: bytes a file.
+        eval_tokens: held-out tokens of the before/after table; 0 leaves it out.
+        command: the command line, for the report and the card.
+    """
+
+    output: Path
+    dtype: str = "auto"
+    device: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+    max_shard_size: int = 5 * 10**9
+    eval_tokens: int = 4096
+    command: str = ""
+
+
+def output_dtype(checkpoint: Checkpoint, options: Options) -> str:
+    """The dtype that the result is written in."""
+    return checkpoint.dtype if options.dtype == "auto" else options.dtype
+
+
+def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> list[PlanItem]:
+    """Check what can be checked without weights and describe the conversion: sizes, memory, disk, work.
+
+    Raises:
+        KitError: on an unsupported architecture, an existing output, or too little disk.
+    """
+    facts, bytes_each = ModelFacts.of(checkpoint), {"float32": 4, "bfloat16": 2, "float16": 2}
+    restore_old(options.output)
+    if options.output.exists() and not options.overwrite:
+        raise KitError(
+            "the output folder exists already",
+            where=str(options.output),
+            next_step="choose another -o, or add --overwrite",
+            exit_code=ExitCode.USAGE,
+        )
+    if options.output.resolve() == checkpoint.folder.resolve():
+        raise KitError(
+            "the output folder is the model itself",
+            where=str(options.output),
+            next_step="choose another -o",
+            exit_code=ExitCode.USAGE,
+        )
+    dtype = output_dtype(checkpoint, options)
+    if dtype not in bytes_each:
+        raise KitError(
+            f"cannot write weights as {dtype}",
+            where="--dtype",
+            next_step=f"choose one of: auto, {', '.join(bytes_each)}",
+            exit_code=ExitCode.USAGE,
+        )
+    items = [
+        PlanItem("model", f"{checkpoint.source} ({facts.model_type}, {checkpoint.num_parameters / 1e6:,.1f} M parameters)"),
+        PlanItem("stored as", f"{checkpoint.dtype}, {_size(checkpoint.nbytes)}"),
+    ]
+    added = 0
+    for recipe in recipes:
+        items += [PlanItem("recipe", recipe.name), *recipe.plan(facts)]
+        items.append(PlanItem("stages", ", ".join(f"{s.method} ({s.kind})" for s in recipe.active_stages()) or "none"))
+        added += recipe.new_parameters(facts)
+    total = checkpoint.num_parameters + added
+    size = total * bytes_each[dtype]
+    needed = int(size + 4 * added + (4 if _has_train_stage(recipes) else 0) * checkpoint.num_parameters)
+    parent = next(p for p in [options.output.absolute(), *options.output.absolute().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    tokens = max((r.config.data.num_samples * r.config.data.seq_len for r in recipes), default=0)
+    hidden = int(facts.config["hidden_size"])
+    embedding = int(facts.config["vocab_size"]) * hidden * 4
+    one_layer = (checkpoint.num_parameters * 4 - embedding) // facts.num_layers
+    items += [
+        PlanItem("result", f"{dtype}, {_size(size)}, {added / 1e6:,.2f} M parameters added"),
+        PlanItem("memory, streamed", f"{_size(embedding + 2 * one_layer + 5 * tokens * hidden * 4)} (rough)"),
+        PlanItem("memory, whole model", f"{_size(total * 4)} + activations (verification and train stages)"),
+        PlanItem("disk", f"{_size(needed)} needed, {_size(free)} free"),
+        PlanItem("work", _work(checkpoint.num_parameters, recipes)),
+    ]
+    if needed > free:
+        raise KitError(
+            f"too little disk: {_size(needed)} needed, {_size(free)} free",
+            where=str(parent),
+            next_step="free some space, or choose another -o",
+        )
+    return items
+
+
+def _has_train_stage(recipes: list[Recipe]) -> bool:
+    return any(stage.kind == "train" for recipe in recipes for stage in recipe.active_stages())
+
+
+def _work(parameters: int, recipes: list[Recipe]) -> str:
+    flops = sum(recipe.flops_per_parameter() * parameters for recipe in recipes)
+    return f"{flops / 1e12:,.1f} TFLOP, about {flops / 8e10 / 60:,.0f} min on a 2-core CPU (80 GFLOP/s)"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def convert(checkpoint: Checkpoint, recipes: list[Recipe], options: Options, progress: Progress) -> dict[str, Any]:
+    """Run recipes on a checkpoint, one after another, and put the result in place.
+
+    Returns:
+        The report, as written to kit_report.json.
+
+    Raises:
+        KitError: on bad input, a full disk, a non-finite loss; with exit code 3 if verification fails. The old output
+            and the committed steps are kept.
+    """
+    import time
+
+    started = time.monotonic()
+    items = plan(checkpoint, recipes, options)
+    check_matches_config(checkpoint)
+    import torch
+
+    from kit.convert.report import build_report, write_report
+
+    reset_peak_memory()
+    run = _Conversion(checkpoint, recipes, options, progress)
+    for number, recipe in enumerate(recipes):
+        run.apply(number, recipe)
+    probe_difference = run.write_and_verify()
+    transformed = time.monotonic()
+    report = build_report(
+        checkpoint,
+        recipes,
+        plan=items,
+        stages=run.stats,
+        data=run.data_summaries,
+        command=options.command,
+        environment={**versions(), "device": hardware(run.device)},
+        verification={"relative_logit_difference": probe_difference, "probe_tokens": PROBE_TOKENS},
+        cost={"seconds": round(transformed - started, 1), "peak_memory_bytes": peak_memory()},
+    )
+    if options.eval_tokens:
+        report["evaluation"] = run.evaluate()
+    torch.manual_seed(0)
+    write_report(run.work.output, report, recipes)
+    put_in_place(run.work.output, options.output)
+    run.work.remove()
+    return report
+
+
+class _Conversion:
+    """State of one run: the tensors so far, the config so far, what has been measured."""
+
+    def __init__(self, checkpoint: Checkpoint, recipes: list[Recipe], options: Options, progress: Progress) -> None:
+        import torch
+
+        from kit.convert.streaming import TensorView
+
+        self.checkpoint, self.recipes, self.options, self.progress = checkpoint, recipes, options, progress
+        self.device = resolve_device(options.device)
+        self.compute_dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        self.out_dtype: torch.dtype = getattr(torch, output_dtype(checkpoint, options))
+        self.config, self.view = checkpoint.config, TensorView(checkpoint)
+        self.stats: dict[str, list[dict[str, Any]]] = {}
+        self.data_summaries: list[dict[str, Any]] = []
+        self._tokenizer: Any = None
+        parts = {
+            "model": checkpoint.fingerprint(),
+            "recipes": [recipe.config.model_dump(mode="json") for recipe in recipes],
+            "dtype": str(self.out_dtype),
+            "versions": versions(),
+        }
+        self.work = WorkFolder(options.output, parts, resume=options.resume, overwrite=options.overwrite)
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = self.checkpoint.load_tokenizer()
+        return self._tokenizer
+
+    def apply(self, number: int, recipe: Recipe) -> None:
+        """Run one recipe's stages; its result is the next one's source."""
+        before, before_view = self.config, self.view.snapshot()
+        self.initialise(f"{number}-new-parameters", recipe)
+        rows: TokenRows | None = None
+        for stage in recipe.active_stages():
+            step = f"{number}-{stage.method}"
+            if stage.kind in ("layer", "train") and rows is None:
+                rows = self.rows(number, recipe)
+            if stage.kind == "prepare":
+                self.prepare(step, recipe, stage)
+            elif stage.kind == "layer":
+                assert rows is not None
+                self.stream_layers(step, recipe, stage, rows, before, before_view)
+            elif stage.kind == "allocate":
+                self.allocate(step, recipe, stage)
+            else:
+                assert rows is not None
+                self.train(step, recipe, stage, rows)
+        self.config = recipe.build(before)
+
+    def rows(self, number: int, recipe: Recipe) -> TokenRows:
+        """Calibration rows of a recipe, committed so that a resumed run sees the same text."""
+        import torch
+
+        from kit.convert.data import TokenRows, load_rows
+
+        step, config = f"{number}-data", recipe.config
+        if (done := self.work.metrics(step)) is None:
+            model = None
+            if config.data.dataset == "self":
+                model = self.checkpoint.load_model(self.compute_dtype, self.device)
+            rows = load_rows(config.data, self.tokenizer, seed=config.seed, model=model, progress=self.progress)
+            del model
+            tensors = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
+            summary = {"num_documents": rows.num_documents, "source": rows.source, "sha256": rows.sha256}
+            self.work.commit(step, tensors, summary)
+        else:
+            from safetensors.torch import load_file
+
+            rows = TokenRows(**load_file(self.work.tensors(step)), **done)
+        self.data_summaries.append({"recipe": recipe.name, "seed": config.seed, **rows.summary()})
+        torch.manual_seed(config.seed)
+        return rows
+
+    def streamed(self, config: dict[str, Any], view: TensorView) -> StreamedModel:
+        from kit.convert.streaming import StreamedModel
+
+        return StreamedModel(config, view, device=self.device, dtype=self.compute_dtype)
+
+    def initialise(self, step: str, recipe: Recipe) -> None:
+        """Commit the starting values of parameters that the recipe's modules have and the model has not."""
+        import torch
+
+        if self.work.metrics(step) is None:
+            torch.manual_seed(recipe.config.seed)
+            model, new = self.streamed(recipe.build(self.config), self.view), {}
+            for index in range(len(model)):
+                prefix = model.layer_prefix(index)
+                names = model.layer_names(index)
+                if all(prefix + name in self.view for name in names):
+                    continue
+                with model.layer(index) as module:
+                    state = module.state_dict()
+                    new |= {prefix + n: state[n].clone() for n in names if prefix + n not in self.view}
+            self.work.commit(step, new, {})
+        self.view.lay_over(self.work.tensors(step))
+
+    def prepare(self, step: str, recipe: Recipe, stage: Stage) -> None:
+        if self.work.metrics(step) is None:
+            with self.progress.task(f"{recipe.name}: {stage.method}", 1):
+                metrics = getattr(recipe, stage.method)(self.view) or {}
+            self.work.commit(step, self.view.pending, metrics)
+            self.view.pending.clear()
+        self.view.lay_over(self.work.tensors(step))
+
+    def stream_layers(
+        self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, before: dict[str, Any], before_view: TensorView
+    ) -> None:
+        """Run a layer stage: one layer resident (and its original, where that feeds the next)."""
+        model = self.streamed(recipe.build(before), self.view)
+        original = self.streamed(before, before_view) if stage.propagate == "original" else None
+        feeder = original or model
+        inputs = feeder.embed(rows.input_ids, rows.position_ids)
+        metrics: list[dict[str, Any]] = []
+        with self.progress.task(f"{recipe.name}: {stage.method}, layers", len(model)):
+            for index in range(len(model)):
+                key = f"{step}-layer-{index:04d}"
+                done = self.work.metrics(key)
+                if done is not None:
+                    self.view.lay_over(self.work.tensors(key))
+                last = index == len(model) - 1
+                if not (done and last):
+                    with model.layer(index) as module, original.layer(index) if original else nullcontext() as base:
+                        layer = Layer(index, module, base, inputs, model, original, self.device, self.progress)
+                        if done is None:
+                            done = getattr(recipe, stage.method)(layer)
+                            prefix = model.layer_prefix(index)
+                            self.view.lay_over(self.work.commit(key, self.changed(module, prefix), done))
+                        inputs = inputs if last else layer.advance()
+                metrics.append(done)
+                self.progress.step(**{k: v for k, v in done.items() if isinstance(v, float)})
+        self.stats[f"{recipe.name}.{stage.method}"] = metrics
+
+    def allocate(self, step: str, recipe: Recipe, stage: Stage) -> None:
+        done = self.work.metrics(step)
+        if done is None:
+            done = getattr(recipe, stage.method)(self.stats)
+            self.work.commit(step, {}, done)
+        recipe.allocation |= done
+
+    def train(self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows) -> None:
+        """Run a train stage: the whole converted model resident."""
+        done = self.work.metrics(step)
+        if done is None:
+            model = self.streamed(recipe.build(self.config), self.view).resident()
+            done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress))
+            self.work.commit(step, self.changed(model, ""), done)
+            del model
+        self.view.lay_over(self.work.tensors(step))
+        self.stats[f"{recipe.name}.{stage.method}"] = [done]
+
+    def changed(self, module: Any, prefix: str) -> dict[str, Any]:
+        """A module's tensors that differ from the model so far, by full name."""
+        import torch
+
+        changed = {}
+        tied = set(getattr(module, "all_tied_weights_keys", None) or ())
+        for name, tensor in module.state_dict().items():
+            full = prefix + name
+            if name in tied:
+                continue
+            if full not in self.view or not torch.equal(self.view.read(full, tensor.dtype), tensor.cpu()):
+                changed[full] = tensor
+        return changed
+
+    def write_and_verify(self) -> float:
+        """Write the result into the work folder, reload it, and compare its logits with the conversion's."""
+        import torch
+
+        from kit.convert.export import auto_map, verify_checkpoint, write_checkpoint
+        from kit.convert.streaming import StreamedModel, build_skeleton, streamed_logits
+
+        entries = list(dict.fromkeys(r.bundle_entry for r in self.recipes if r.bundle_entry))
+        for entry in entries:
+            self.config = auto_map(self.config, entry)
+        with self.progress.task("write", 1):
+            write_checkpoint(
+                self.work.output,
+                config=self.config,
+                view=self.view,
+                skeleton=build_skeleton(self.config),
+                source=self.checkpoint,
+                dtype=self.out_dtype,
+                max_shard_size=self.options.max_shard_size,
+                bundle_entries=entries,
+            )
+        with self.progress.task("verify", 1):
+            generator = torch.Generator().manual_seed(0)
+            probe = torch.randint(int(self.config["vocab_size"]), (1, PROBE_TOKENS), generator=generator)
+            dtype = torch.float32 if self.fits_in_float32() else self.out_dtype
+            model = StreamedModel(
+                self.config, self.view, device=self.device, dtype=dtype, round_to=self.out_dtype
+            )
+            expected = streamed_logits(model, probe)
+            return verify_checkpoint(self.work.output, probe, expected, dtype=dtype, device=self.device)
+
+    def fits_in_float32(self) -> bool:
+        """Whether the whole model in float32 fits this device's free memory."""
+        import os
+
+        import torch
+
+        if self.device == "cpu":
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        else:
+            free = torch.cuda.mem_get_info(self.device)[0]
+        return 4 * 1.2 * self.checkpoint.num_parameters < free
+
+    def evaluate(self) -> dict[str, Any]:
+        """The before/after table on held-out text sampled from the source."""
+        from kit.convert.checkpoint import open_checkpoint
+        from kit.convert.evaluate import evaluate
+
+        result = open_checkpoint(str(self.work.output))
+        return evaluate(
+            {"converted": result},
+            base=self.checkpoint,
+            num_tokens=self.options.eval_tokens,
+            seed=self.recipes[0].config.seed + 1,
+            device=self.device,
+            ablations=True,
+            progress=self.progress,
+        )
+
+
+def resolve_device(device: str) -> str:
+    """Turn "auto" into the GPU if there is one.
+
+    Raises:
+        KitError: if a CUDA device is asked for and there is none.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise KitError(
+            f"no GPU for device '{device}'",
+            where="--device",
+            next_step="use --device cpu, or install a CUDA build of torch",
+            exit_code=ExitCode.USAGE,
+        )
+    return device

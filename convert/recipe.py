@@ -1,0 +1,241 @@
+"""What a recipe is: a described config and an ordered list of stages.
+
+A recipe is a class with a name, a pydantic config and methods marked as stages. The pipeline runs the stages in the
+order in which they are written, so a recipe file reads top to bottom in the paper's order:
+
+    class MyMethod(Recipe):
+        '''One line: what it does.'''
+        name = "my-method"
+        config_class = MyConfig
+
+        @layer_stage
+        def fit_each_layer(self, layer: Layer) -> dict[str, float]: ...
+
+Nothing here imports torch, so that listing and planning recipes is quick.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kit.convert.data import DataConfig
+from kit.convert.errors import KitError
+
+if TYPE_CHECKING:
+    from kit.convert.checkpoint import Checkpoint
+    from kit.convert.data import TokenRows
+    from kit.convert.progress import Progress
+    from kit.convert.streaming import Activations, StreamedModel
+
+StageKind = Literal["prepare", "layer", "allocate", "train"]
+
+
+class RecipeConfig(BaseModel):
+    """Options that every recipe has. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    recipe: str = Field(description="Name of the recipe that these options are for.")
+    seed: int = Field(0, description="Seed of data order, sampling and initialisation.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Calibration and training text.")
+
+
+class TrainConfig(BaseModel):
+    """One training loop: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(200, ge=0, description="Optimizer updates; 0 skips the stage.")
+    batch_size: int = Field(8, ge=1, description="Rows of data an update.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate of AdamW.")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="Share of the steps that warm up.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Rows a forward pass; smaller saves memory, the update stays the same."
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe: its kind, its method's name, and for layer stages what the next layer is fed."""
+
+    kind: StageKind
+    method: str
+    propagate: Literal["original", "transformed"] = "transformed"
+
+
+def _mark(kind: StageKind, **options: Any) -> Callable:
+    def decorate(function: Callable) -> Callable:
+        function._kit_stage = Stage(kind, function.__name__, **options)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def prepare_stage(function: Callable) -> Callable:
+    """Mark `method(self, view: TensorView)`: cross-layer folds, reading and writing tensors by name."""
+    return _mark("prepare")(function)
+
+
+def layer_stage(function: Callable | None = None, *, propagate: Literal["original", "transformed"] = "transformed"):
+    """Mark `method(self, layer: Layer) -> dict[str, float]`: one decoder layer resident, changed in place.
+
+    Args:
+        function: the method.
+        propagate: what the next layer is fed: this layer's outputs after the change, or those of the original model.
+    """
+    decorate = _mark("layer", propagate=propagate)
+    return decorate if function is None else decorate(function)
+
+
+def allocate_stage(function: Callable) -> Callable:
+    """Mark `method(self, stats: dict[str, list[dict]]) -> dict`: a global choice from the layer stages' metrics."""
+    return _mark("allocate")(function)
+
+
+def train_stage(function: Callable) -> Callable:
+    """Mark `method(self, run: TrainRun) -> dict[str, Any]`: the whole converted model resident, changed in place."""
+    return _mark("train")(function)
+
+
+@dataclass
+class ModelFacts:
+    """What planning knows of a model: config.json and the tensors' names and shapes, no weights."""
+
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ModelFacts:
+        """Facts of an opened checkpoint."""
+        return cls(checkpoint.config, {name: info.shape for name, info in checkpoint.tensors.items()})
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in config.json."""
+        return str(self.config.get("model_type"))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(query heads, key/value heads, head dim)."""
+        heads = int(self.config["num_attention_heads"])
+        kv_heads = int(self.config.get("num_key_value_heads") or heads)
+        return heads, kv_heads, int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
+
+
+@dataclass
+class Layer:
+    """One decoder layer in a layer stage.
+
+    Attributes:
+        index: which layer.
+        module: the layer as the converted model has it, weights loaded; change it in place.
+        original: the same layer of the model before this recipe, or None unless the stage propagates "original".
+        inputs: hidden states that enter the layer, (N, T, hidden), with positions.
+        model: runs the layer on a batch: `model.forward(hidden, position_ids)`.
+        original_model: the same for `original`.
+        device: where the layer lives.
+        progress: report steps and losses here.
+    """
+
+    index: int
+    module: Any
+    original: Any
+    inputs: Activations
+    model: StreamedModel
+    original_model: StreamedModel | None
+    device: str
+    progress: Progress
+    outputs: Activations | None = None
+
+    def advance(self) -> Activations:
+        """Run all inputs through the layer that feeds the next one (once; the pipeline takes the same result)."""
+        if self.outputs is None:
+            self.outputs = (self.original_model or self.model).advance(self.inputs)
+        return self.outputs
+
+
+@dataclass
+class TrainRun:
+    """The whole model in a train stage: change `model` in place (it must have no adapters left at the end)."""
+
+    model: Any
+    rows: TokenRows
+    device: str
+    progress: Progress
+
+
+@dataclass
+class PlanItem:
+    """One line of a recipe's plan."""
+
+    what: str
+    value: str
+
+
+class Recipe(ABC):
+    """A method: its config, what it asks of a model, its stages, and how its result is rebuilt from disk."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    config_class: ClassVar[type[RecipeConfig]]
+    families: ClassVar[tuple[str, ...]] = ()
+    bundle_entry: ClassVar[str | None] = None  # module whose code travels with the checkpoint
+
+    def __init__(self, config: RecipeConfig) -> None:
+        self.config = config
+        self.allocation: dict[str, Any] = {}
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Use one batch size in every training loop of this recipe."""
+        for name in type(self.config).model_fields:
+            if isinstance(options := getattr(self.config, name), TrainConfig):
+                options.batch_size = batch_size
+
+    @classmethod
+    def stages(cls) -> list[Stage]:
+        """The marked methods, base classes first, in the order in which they are written."""
+        found: dict[str, Stage] = {}
+        for base in reversed(cls.__mro__):
+            found |= {n: f._kit_stage for n, f in vars(base).items() if hasattr(f, "_kit_stage")}
+        return list(found.values())
+
+    def active_stages(self) -> list[Stage]:
+        """The stages that this config runs (a stage of no steps may be left out)."""
+        return self.stages()
+
+    def plan(self, model: ModelFacts) -> list[PlanItem]:
+        """Check everything that can fail cheaply and describe what will happen.
+
+        Raises:
+            KitError: if the model cannot be converted with this config.
+        """
+        if self.families and model.model_type not in self.families:
+            raise KitError(
+                f"recipe {self.name} does not know the architecture '{model.model_type}'",
+                where="config.json: model_type",
+                next_step=f"use one of: {', '.join(self.families)}; `kit recipes ls` lists other recipes",
+            )
+        return []
+
+    def build(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the config.json of the result, from which its modules are rebuilt (with `allocation`)."""
+        return config
+
+    def new_parameters(self, model: ModelFacts) -> int:
+        """How many parameters the recipe adds, for size estimates."""
+        return 0
+
+    def flops_per_parameter(self) -> float:
+        """Floating-point operations a model parameter, for the time estimate: two for each token of each pass."""
+        return 2.0 * self.config.data.num_samples * self.config.data.seq_len

@@ -1,0 +1,133 @@
+"""What stands beside the weights: kit_report.json, kit_recipe.yaml and the model card; and tables for a terminal."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kit.convert.checkpoint import Checkpoint
+from kit.convert.recipe import PlanItem, Recipe
+
+COLUMNS = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("self_perplexity", "perplexity, own text", "{:.2f}"),
+    ("kl", "KL to base", "{:.4f}"),
+    ("top1", "top-1 same", "{:.1%}"),
+    ("prefill_tokens_per_second", "prefill tok/s", "{:,.0f}"),
+    ("decode_tokens_per_second", "decode tok/s", "{:,.1f}"),
+    ("peak_memory_bytes", "peak memory", None),
+)
+
+
+def build_report(
+    checkpoint: Checkpoint, recipes: list[Recipe], *, plan: list[PlanItem], **parts: Any
+) -> dict[str, Any]:
+    """Put together the report of a conversion: one JSON object, everything that was chosen and measured."""
+    return {
+        "model": {
+            "source": checkpoint.source,
+            "fingerprint": checkpoint.fingerprint(),
+            "parameters": checkpoint.num_parameters,
+        },
+        "recipes": [recipe.config.model_dump(mode="json") for recipe in recipes],
+        "allocation": {recipe.name: recipe.allocation for recipe in recipes if recipe.allocation},
+        "plan": {item.what: item.value for item in plan},
+        **parts,
+    }
+
+
+def write_report(folder: Path, report: dict[str, Any], recipes: list[Recipe]) -> None:
+    """Write kit_report.json, kit_recipe.yaml (run it again with `--recipe kit_recipe.yaml`) and README.md."""
+    (folder / "kit_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / "kit_recipe.yaml").write_text(recipe_yaml(recipes), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(report, recipes), encoding="utf-8")
+
+
+def recipe_yaml(recipes: list[Recipe]) -> str:
+    """Every option of the recipes as they ran, in the form that `--recipe FILE` reads."""
+    configs = [recipe.config.model_dump(mode="json") for recipe in recipes]
+    return yaml.safe_dump(configs[0] if len(configs) == 1 else {"recipes": configs}, sort_keys=False)
+
+
+def model_card(report: dict[str, Any], recipes: list[Recipe]) -> str:
+    """The model card, from convert/card.md.jinja."""
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment, StrictUndefined
+
+    source = report["model"]["source"]
+    on_hub = "/" in source and not Path(source).exists()
+    data = ModelCardData(
+        base_model=source if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["kit", *(recipe.name for recipe in recipes)],
+    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    template = environment.from_string(files("kit.convert").joinpath("card.md.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        metadata=data.to_yaml(),
+        report=report,
+        recipes=recipes,
+        recipe_yaml=recipe_yaml(recipes),
+        table=markdown_table(report.get("evaluation", {}).get("rows", [])),
+    )
+
+
+def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of an evaluation table; columns that nobody measured are left out."""
+    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
+    return ["model", *(title for _, title, _ in columns)], [
+        [row["name"], *(_cell(row, key, form) for key, _, form in columns)] for row in rows
+    ]
+
+
+def _cell(row: dict[str, Any], key: str, form: str | None) -> str:
+    if key not in row:
+        return ""
+    text = form.format(row[key]) if form else f"{row[key] / 2**30:.2f} GiB"
+    error = row.get(f"{key}_stderr")
+    if error is not None and error == error and form:
+        text += " ± " + form.format(error)
+    return text
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """An evaluation as a Markdown table."""
+    if not rows:
+        return ""
+    header, cells = table_cells(rows)
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rich_table(rows: list[dict[str, Any]], title: str | None = None) -> Any:
+    """An evaluation as a rich table."""
+    from rich.table import Table
+
+    header, cells = table_cells(rows)
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(header):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for line in cells:
+        table.add_row(*line)
+    return table
+
+
+def settings_line(settings: dict[str, Any]) -> str:
+    """One line that says on what the figures were measured."""
+    parts = []
+    if settings["dataset"]:
+        parts.append(
+            f"perplexity: {settings['dataset']}, {settings['dataset_tokens']:,} tokens in windows of {settings['window']:,}"
+        )
+    if settings["sampled_tokens"]:
+        parts.append(
+            f"own text: {settings['sampled_tokens']:,} held-out tokens sampled from {settings['sampled_from']}, "
+            f"seed {settings['seed']}"
+        )
+    return "; ".join([*parts, f"{settings['dtype']} weights", str(settings["device"]), "± standard error over rows"])

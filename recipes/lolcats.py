@@ -1,0 +1,258 @@
+"""LoLCATs (arXiv:2410.10254): attention transfer, then low-rank linearizing.
+
+1. Every attention layer becomes a softmax window plus linear attention over what lies before it, under one denominator
+   (Eq. 7; kernels/linear_attention). New parameters: feature maps φq, φk and the mixing factor g.
+2. `attention_transfer` (Eq. 5): each layer's φ and g are trained until the hybrid gives the outputs of softmax
+   attention, on the hidden states of the original model. Layers do not depend on each other, so they are streamed.
+3. `low_rank_linearizing` (Eq. 6): LoRA on q, k, v and o with the next-token loss, merged at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from kit.convert.errors import ExitCode, KitError
+from kit.convert.inspect import cache_bytes
+from kit.convert.recipe import (
+    Layer,
+    ModelFacts,
+    PlanItem,
+    Recipe,
+    RecipeConfig,
+    Stage,
+    TrainConfig,
+    TrainRun,
+    layer_stage,
+    train_stage,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LoraTrainConfig(TrainConfig):
+    """Low-rank linearizing: the training loop's options and the adapter's."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    rank: int = Field(8, ge=1, description="Rank of the LoRA adapters.")
+    alpha: float = Field(16, gt=0, description="LoRA scale: the update is alpha / rank · B A.")
+    target_modules: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj"], description="Projections that get an adapter."
+    )
+
+
+class LolcatsConfig(RecipeConfig):
+    """Options of the LoLCATs recipe."""
+
+    recipe: Literal["lolcats"] = Field("lolcats", description="This recipe.")
+    window_size: int = Field(64, ge=1, description="Keys a query sees through softmax, itself included.")
+    feature_dim: int | None = Field(
+        None, ge=1, description="Columns of a feature map; φ has twice as many features. None: the head dim."
+    )
+    feature_map_heads: Literal["kv", "query"] = Field(
+        "kv",
+        description="One key map and one state a key/value head (keeps GQA's savings) or a query head (as the paper).",
+    )
+    window_factor: float = Field(0.1, gt=0, lt=1, description="Starting value of the mixing factor g.")
+    linear_weight: float = Field(1.0, ge=0, description="Weight of the linear branch; 0 leaves window attention.")
+    transfer: TrainConfig = Field(
+        default_factory=lambda: TrainConfig(learning_rate=1e-2), description="Attention transfer, for each layer."
+    )
+    lora: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="Low-rank linearizing.")
+
+
+class Lolcats(Recipe):
+    """Softmax window + linear past in every attention layer; constant memory a token, linear time."""
+
+    name = "lolcats"
+    paper = "arXiv:2410.10254"
+    config_class = LolcatsConfig
+    families = ("llama", "mistral", "qwen2", "qwen3")
+    bundle_entry = "kit.modules.modeling"
+    config: LolcatsConfig
+
+    def active_stages(self) -> list[Stage]:
+        """Stages with no steps are left out."""
+        steps = {"attention_transfer": self.config.transfer.steps, "low_rank_linearizing": self.config.lora.steps}
+        return [stage for stage in self.stages() if steps[stage.method]]
+
+    def plan(self, model: ModelFacts) -> list[PlanItem]:
+        """Check architecture, projections and their shapes; say what the cache will cost.
+
+        Raises:
+            KitError: on another architecture, or projections that do not have the shapes that config.json says.
+        """
+        super().plan(model)
+        heads, kv_heads, head_dim = model.heads
+        hidden = int(model.config["hidden_size"])
+        outputs = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
+        expected = {name: (size, hidden) for name, size in outputs.items()} | {"o_proj": (hidden, heads * head_dim)}
+        for index in range(model.num_layers):
+            for name, shape in expected.items():
+                tensor = f"model.layers.{index}.self_attn.{name}.weight"
+                if model.shapes.get(tensor) != shape:
+                    raise KitError(
+                        f"'{tensor}' should have shape {shape}, the file has {model.shapes.get(tensor, 'no such tensor')}",
+                        where="config.json and the weights",
+                        next_step="check that they belong together; the recipe needs separate q, k, v and o projections",
+                    )
+        if self.config.data.seq_len <= self.config.window_size and self.active_stages():
+            raise KitError(
+                f"rows of {self.config.data.seq_len} tokens never leave a window of {self.config.window_size}",
+                where=f"recipe {self.name}: data.seq_len",
+                next_step="use a seq_len of several windows, or a smaller window_size",
+                exit_code=ExitCode.USAGE,
+            )
+        before, after = cache_bytes(model.config)["per_token"], cache_bytes(self.build(model.config))["constant"]
+        return [
+            PlanItem("converted", f"{model.num_layers} of {model.num_layers} attention layers"),
+            PlanItem(
+                "cache",
+                f"{after / 1e6:,.2f} MB a sequence at any length (fp32 state, bf16 window); before: "
+                f"{before / 1e3:,.1f} kB a token, as much at {after / max(before, 1):,.0f} tokens",
+            ),
+        ]
+
+    def build(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json of the linearized model: the family's keys, ours, and transformers' cache layer types."""
+        family = config["model_type"]
+        prefix = config["architectures"][0].removesuffix("ForCausalLM")
+        model = ModelFacts(config, {})
+        return config | {
+            "model_type": f"kit_{family}",
+            "architectures": [f"Kit{prefix}ForCausalLM"],
+            "layer_types": ["hybrid_sliding"] * model.num_layers,
+            "sliding_window": self.config.window_size,
+            **({"use_sliding_window": True} if "use_sliding_window" in config or family.startswith("qwen") else {}),
+            "linear_attention": {
+                "feature_dim": self._feature_dim(model),
+                "feature_map_heads": self.config.feature_map_heads,
+                "window_factor": self.config.window_factor,
+                "linear_weight": self.config.linear_weight,
+            },
+        }
+
+    def new_parameters(self, model: ModelFacts) -> int:
+        """φq, φk and g of every layer."""
+        heads, kv_heads, head_dim = model.heads
+        key_maps = kv_heads if self.config.feature_map_heads == "kv" else heads
+        return model.num_layers * ((heads + key_maps) * head_dim * self._feature_dim(model) + heads)
+
+    def flops_per_parameter(self) -> float:
+        """Teacher pass, attention-only steps (about a fifth of a pass each way), and LoRA steps."""
+        row, active = self.config.data.seq_len, {stage.method for stage in self.active_stages()}
+        flops = 0.0
+        if "attention_transfer" in active:
+            flops += super().flops_per_parameter() + 0.6 * self.config.transfer.steps * self.config.transfer.batch_size * row
+        if "low_rank_linearizing" in active:
+            flops += 4.5 * self.config.lora.steps * self.config.lora.batch_size * row
+        return flops
+
+    def _feature_dim(self, model: ModelFacts) -> int:
+        return self.config.feature_dim or model.heads[2]
+
+    @layer_stage(propagate="original")
+    def attention_transfer(self, layer: Layer) -> dict[str, float]:
+        """Train φ and g so that the hybrid's heads give softmax attention's outputs: 1000 · MSE before o_proj."""
+        import torch
+        import torch.nn.functional as F
+
+        from kit.convert.train import fit
+        from kit.modules.modeling import packed_segments
+
+        with _recorded(layer.original.self_attn) as (inputs, targets):
+            layer.advance()
+        x, y = torch.cat(inputs), torch.cat(targets)
+        attention, rotary, positions = layer.module.self_attn, layer.model.base.rotary_emb, layer.inputs.position_ids
+
+        def error(rows: Tensor) -> Tensor:
+            hidden, where = x[rows].to(layer.device), positions[rows].to(layer.device)
+            with _recorded(attention, detach=False) as (_, outputs):
+                attention(
+                    hidden_states=hidden,
+                    position_embeddings=rotary(hidden, where),
+                    attention_mask=None,
+                    segment_ids=packed_segments(where),
+                )
+            return F.mse_loss(outputs[0].float(), y[rows].to(layer.device).float())
+
+        def relative_error() -> float:
+            rows = torch.arange(min(len(x), self.config.transfer.batch_size))
+            with torch.no_grad():
+                return float(error(rows) / y[rows].float().var())
+
+        before = relative_error()
+        losses = fit(
+            attention.linear_attention.parameters(),
+            lambda rows: 1000 * error(rows),
+            len(x),
+            self.config.transfer,
+            seed=self.config.seed + layer.index,
+            device=layer.device,
+            name="transfer",
+            progress=layer.progress.silent(),
+        )
+        return {
+            "loss_first": losses[0],
+            "loss_last": sum(losses[-10:]) / len(losses[-10:]),
+            "relative_error_before": before,
+            "relative_error": relative_error(),
+        }
+
+    @train_stage
+    def low_rank_linearizing(self, run: TrainRun) -> dict[str, Any]:
+        """LoRA on the projections with the next-token loss; φ and g stay as they are; adapters are merged."""
+        from peft import LoraConfig, get_peft_model
+
+        from kit.convert.train import fit
+
+        options = self.config.lora
+        adapters = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=options.target_modules)
+        model = get_peft_model(run.model, adapters).train()
+        rows, device = run.rows, run.device
+        labels = rows.labels
+
+        def loss(batch: Tensor) -> Tensor:
+            return model(
+                input_ids=rows.input_ids[batch].to(device),
+                position_ids=rows.position_ids[batch].to(device),
+                labels=labels[batch].to(device),
+                use_cache=False,
+            ).loss
+
+        trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        with run.progress.task("lolcats: low_rank_linearizing, steps", options.steps):
+            losses = fit(
+                trained,
+                loss,
+                len(rows.input_ids),
+                options,
+                seed=self.config.seed,
+                device=device,
+                name="lora",
+                progress=run.progress,
+            )
+        model.eval()
+        model.merge_and_unload()
+        return {"losses": losses, "trained_parameters": sum(p.numel() for p in trained)}
+
+
+@contextmanager
+def _recorded(attention: Any, detach: bool = True) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Record what enters an attention layer (B, T, hidden) and its heads' outputs before o_proj (B, T, H·D)."""
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    keep = (lambda x: x.detach().cpu()) if detach else (lambda x: x)
+    hooks = [
+        attention.register_forward_pre_hook(lambda _, args, kw: inputs.append(keep(kw["hidden_states"])), with_kwargs=True),
+        attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(keep(args[0]))),
+    ]
+    try:
+        yield inputs, outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
