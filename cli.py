@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from kit.convert.errors import KitError
+    pass
 
 app = typer.Typer(
     name="kit",
@@ -22,7 +22,9 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show and copy recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub id, or smollm2.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub id, or smollm2.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda:0.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let code inside the checkpoint run.")]
@@ -122,7 +124,9 @@ def convert(
     if "evaluation" in report:
         _print_evaluation(report["evaluation"])
     cost = report["cost"]
-    print(f"{output}: written and verified in {cost['seconds']:.0f} s, peak {cost['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(
+        f"{output}: written and verified in {cost['seconds']:.0f} s, peak {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
 
 
 @app.command("eval")
@@ -131,7 +135,9 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="The model they were made from.", show_default=False)] = None,
     dataset: Dataset = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window of --dataset.")] = 2048,
-    limit: Annotated[int | None, typer.Option("--limit", "-L", help="At most so many windows.", show_default=False)] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-L", help="At most so many windows.", show_default=False)
+    ] = None,
     num_tokens: Annotated[int, typer.Option(help="Held-out tokens sampled from the base; 0: none.")] = 4096,
     ablations: Annotated[bool, typer.Option("--ablations", help="Also without a branch of the attention.")] = False,
     speed: Annotated[bool, typer.Option(help="Time prefill and decode.")] = True,
@@ -199,7 +205,9 @@ def chat(
 
 
 @app.command("inspect")
-def inspect_model(model: Model, revision: Revision = None, trust_remote_code: Trust = False, json_: Json = False) -> None:
+def inspect_model(
+    model: Model, revision: Revision = None, trust_remote_code: Trust = False, json_: Json = False
+) -> None:
     """Print what a model is and which recipes take it; weights are not read."""
     from kit.convert.checkpoint import open_checkpoint
     from kit.convert.inspect import inspect

@@ -56,7 +56,7 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
         )
         if not ours:
             continue
-        if not isinstance(node, ast.ImportFrom) or node.level or not (node.module or "").startswith(BUNDLED):
+        if not isinstance(node, ast.ImportFrom) or node.level or not node.module or not node.module.startswith(BUNDLED):
             raise KitError(
                 f"cannot bundle `{ast.unparse(node)}`",
                 where=f"{spec.origin}:{node.lineno}",  # type: ignore[attr-defined]

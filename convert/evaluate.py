@@ -69,8 +69,9 @@ def evaluate(
         progress: shows what is measured.
 
     Returns:
-        `settings` and `rows`, one dict a model or ablation: perplexity (`dataset`, `self`), `kl` in nats and its standard
-        error, `top1`, `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_memory_bytes`.
+        `settings` and `rows`, one dict a model or ablation: `perplexity` (of the data set), `self_perplexity`, `kl` in
+        nats, `top1`, each with its standard error, `prefill_tokens_per_second`, `decode_tokens_per_second`,
+        `peak_memory_bytes`.
 
     Raises:
         KitError: if a model cannot be loaded or the data set not be read.
@@ -94,7 +95,9 @@ def evaluate(
                 sampled = sample_from_model(model, tokenizer, max(num_tokens // length, 1), length, seed)
                 text.sampled = sampled.input_ids
             if is_base and text.sampled is not None:
-                text.base_log_probs = _scratch_tensor(Path(scratch) / "base", text.sampled.numel(), model.config.vocab_size)
+                text.base_log_probs = _scratch_tensor(
+                    Path(scratch) / "base", text.sampled.numel(), model.config.vocab_size
+                )
             for variant, context in _variants(model, ablations):
                 label = f"{name}, {variant}" if variant else name
                 with context:
@@ -132,7 +135,9 @@ def _variants(model: Any, ablations: bool) -> Iterator[tuple[str, AbstractContex
 
 def _scratch_tensor(path: Path, tokens: int, vocabulary: int) -> Tensor:
     """A float32 tensor (tokens, vocabulary) that lives on disk."""
-    return torch.from_file(str(path), shared=True, size=tokens * vocabulary, dtype=torch.float32).view(tokens, vocabulary)
+    return torch.from_file(str(path), shared=True, size=tokens * vocabulary, dtype=torch.float32).view(
+        tokens, vocabulary
+    )
 
 
 @torch.no_grad()

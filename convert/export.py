@@ -116,7 +116,7 @@ def _write_tensors(folder: Path, view: TensorView, skeleton: Any, dtype: torch.d
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, sizes in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)

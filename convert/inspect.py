@@ -19,8 +19,8 @@ def inspect(checkpoint: Checkpoint, recipes: list[Recipe]) -> dict[str, Any]:
         recipes: recipes to try on it, with the options of their presets.
 
     Returns:
-        Architecture, shapes, parameters by part, dtypes, tied weights, cache bytes, and for each recipe None if it applies
-        or the reason why not.
+        Architecture, shapes, parameters by part, dtypes, tied weights, cache bytes, and for each recipe None if it
+        applies or the reason why not.
     """
     facts = ModelFacts.of(checkpoint)
     heads, kv_heads, head_dim = facts.heads

@@ -89,7 +89,9 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
             exit_code=ExitCode.USAGE,
         )
     items = [
-        PlanItem("model", f"{checkpoint.source} ({facts.model_type}, {checkpoint.num_parameters / 1e6:,.1f} M parameters)"),
+        PlanItem(
+            "model", f"{checkpoint.source} ({facts.model_type}, {checkpoint.num_parameters / 1e6:,.1f} M parameters)"
+        ),
         PlanItem("stored as", f"{checkpoint.dtype}, {_size(checkpoint.nbytes)}"),
     ]
     added = 0
@@ -241,7 +243,7 @@ class _Conversion:
         if (done := self.work.metrics(step)) is None:
             model = None
             if config.data.dataset == "self":
-                model = self.checkpoint.load_model(self.compute_dtype, self.device)
+                model = self.checkpoint.load_model(self.out_dtype, self.device)
             rows = load_rows(config.data, self.tokenizer, seed=config.seed, model=model, progress=self.progress)
             del model
             tensors = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
@@ -266,7 +268,8 @@ class _Conversion:
 
         if self.work.metrics(step) is None:
             torch.manual_seed(recipe.config.seed)
-            model, new = self.streamed(recipe.build(self.config), self.view), {}
+            model = self.streamed(recipe.build(self.config), self.view)
+            new: dict[str, torch.Tensor] = {}
             for index in range(len(model)):
                 prefix = model.layer_prefix(index)
                 names = model.layer_names(index)
@@ -311,7 +314,7 @@ class _Conversion:
                             self.view.lay_over(self.work.commit(key, self.changed(module, prefix), done))
                         inputs = inputs if last else layer.advance()
                 metrics.append(done)
-                self.progress.step(**{k: v for k, v in done.items() if isinstance(v, float)})
+                self.progress.step(1, **done)
         self.stats[f"{recipe.name}.{stage.method}"] = metrics
 
     def allocate(self, step: str, recipe: Recipe, stage: Stage) -> None:
@@ -371,9 +374,7 @@ class _Conversion:
             generator = torch.Generator().manual_seed(0)
             probe = torch.randint(int(self.config["vocab_size"]), (1, PROBE_TOKENS), generator=generator)
             dtype = torch.float32 if self.fits_in_float32() else self.out_dtype
-            model = StreamedModel(
-                self.config, self.view, device=self.device, dtype=dtype, round_to=self.out_dtype
-            )
+            model = StreamedModel(self.config, self.view, device=self.device, dtype=dtype, round_to=self.out_dtype)
             expected = streamed_logits(model, probe)
             return verify_checkpoint(self.work.output, probe, expected, dtype=dtype, device=self.device)
 

@@ -112,4 +112,6 @@ def make_progress(console: Any, quiet: bool = False) -> Progress:
 
 
 def _shown(values: dict[str, Any]) -> str:
-    return " ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
+    return " ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )

@@ -220,6 +220,12 @@ class Recipe(ABC):
         Raises:
             KitError: if the model cannot be converted with this config.
         """
+        if not any(str(name).endswith("ForCausalLM") for name in model.config.get("architectures") or []):
+            raise KitError(
+                "the model is no causal language model, or does not say so",
+                where="config.json: architectures",
+                next_step="convert a checkpoint whose architectures name a ...ForCausalLM class",
+            )
         if self.families and model.model_type not in self.families:
             raise KitError(
                 f"recipe {self.name} does not know the architecture '{model.model_type}'",

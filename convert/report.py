@@ -123,7 +123,8 @@ def settings_line(settings: dict[str, Any]) -> str:
     parts = []
     if settings["dataset"]:
         parts.append(
-            f"perplexity: {settings['dataset']}, {settings['dataset_tokens']:,} tokens in windows of {settings['window']:,}"
+            f"perplexity: {settings['dataset']}, {settings['dataset_tokens']:,} tokens "
+            f"in windows of {settings['window']:,}"
         )
     if settings["sampled_tokens"]:
         parts.append(

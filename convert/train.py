@@ -49,7 +49,9 @@ def fit(
 
     trained = [parameter.requires_grad_(True) for parameter in parameters]
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
-    optimizer = accelerator.prepare(torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0))
+    optimizer = accelerator.prepare(
+        torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    )
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(config.warmup_ratio * config.steps), config.steps, min_lr_rate=0.1
     )
@@ -68,7 +70,9 @@ def fit(
             raise KitError(
                 f"the loss of {name} is {total} at step {step + 1}",
                 where=f"{name}: learning_rate={config.learning_rate}",
-                next_step="lower the learning rate (for example --set " + name + f".learning_rate={config.learning_rate / 10:g})",
+                next_step="lower the learning rate (for example --set "
+                + name
+                + f".learning_rate={config.learning_rate / 10:g})",
             )
         accelerator.clip_grad_norm_(trained, config.max_grad_norm)
         optimizer.step()

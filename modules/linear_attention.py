@@ -92,7 +92,7 @@ class CacheSlot:
 
     def __init__(self, cache: Any, layer_idx: int, window_size: int) -> None:
         self.cache, self.layer_idx = cache, layer_idx
-        layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+        layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         if not hasattr(layer, "recurrent_states"):
             raise ValueError(
                 f"layer {layer_idx} needs a cache with a recurrent state, got {type(layer).__name__}\n"

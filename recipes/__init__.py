@@ -69,7 +69,9 @@ def _describe(model: type[BaseModel], prefix: str) -> list[tuple[str, str, str, 
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             lines += _describe(field.annotation, f"{prefix}{name}.")
             continue
-        kind = getattr(field.annotation, "__name__", "") if isinstance(field.annotation, type) else str(field.annotation)
+        kind = (
+            getattr(field.annotation, "__name__", "") if isinstance(field.annotation, type) else str(field.annotation)
+        )
         default = "none" if field.is_required() else str(field.get_default(call_default_factory=True))
         lines.append((prefix + name, kind.replace("typing.", ""), default, field.description or ""))
     return lines

@@ -96,9 +96,9 @@ class Lolcats(Recipe):
                 tensor = f"model.layers.{index}.self_attn.{name}.weight"
                 if model.shapes.get(tensor) != shape:
                     raise KitError(
-                        f"'{tensor}' should have shape {shape}, the file has {model.shapes.get(tensor, 'no such tensor')}",
+                        f"'{tensor}' should have shape {shape}, the file has {model.shapes.get(tensor, 'none')}",
                         where="config.json and the weights",
-                        next_step="check that they belong together; the recipe needs separate q, k, v and o projections",
+                        next_step="check that they belong together; q, k, v and o must be separate projections",
                     )
         if self.config.data.seq_len <= self.config.window_size and self.active_stages():
             raise KitError(
@@ -147,7 +147,9 @@ class Lolcats(Recipe):
         row, active = self.config.data.seq_len, {stage.method for stage in self.active_stages()}
         flops = 0.0
         if "attention_transfer" in active:
-            flops += super().flops_per_parameter() + 0.6 * self.config.transfer.steps * self.config.transfer.batch_size * row
+            flops += (
+                super().flops_per_parameter() + 0.6 * self.config.transfer.steps * self.config.transfer.batch_size * row
+            )
         if "low_rank_linearizing" in active:
             flops += 4.5 * self.config.lora.steps * self.config.lora.batch_size * row
         return flops
@@ -248,7 +250,9 @@ def _recorded(attention: Any, detach: bool = True) -> Iterator[tuple[list[Tensor
     outputs: list[Tensor] = []
     keep = (lambda x: x.detach().cpu()) if detach else (lambda x: x)
     hooks = [
-        attention.register_forward_pre_hook(lambda _, args, kw: inputs.append(keep(kw["hidden_states"])), with_kwargs=True),
+        attention.register_forward_pre_hook(
+            lambda _, args, kw: inputs.append(keep(kw["hidden_states"])), with_kwargs=True
+        ),
         attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(keep(args[0]))),
     ]
     try:

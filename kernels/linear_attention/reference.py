@@ -112,7 +112,7 @@ def hybrid_attention(
 
 
 class _Blocks(NamedTuple):
-    """Queries and the keys they may see, in N blocks of C queries and S keys; `state` is what each block starts from."""
+    """N blocks of C queries, the S keys that each may see, and the state that each starts from."""
 
     q: Tensor  # (B, H, N, C, D)
     k: Tensor  # (B, G, N, S, D)
@@ -199,7 +199,7 @@ def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, T
         return torch.cat([first[:, :, None], first[:, :, None] + gone.cumsum(2)], dim=2), None
     states = [first]
     for n in range(num_blocks - 1):
-        same = (open_segment[:, n] == open_segment[:, n - 1]) if n else torch.zeros_like(open_segment[:, 0], dtype=bool)
+        same = open_segment[:, n] == open_segment[:, max(n - 1, 0)]  # before block 0 there is nothing to keep
         states.append(gone[:, :, n] + states[-1] * same[:, None, None, None])
     before = F.pad(open_segment[:, : num_blocks - 1], (1, 0), value=-2)
     return torch.stack(states, dim=2), (segments[:, 1:] == before[:, :, None]) & real[:, 1:]
@@ -208,7 +208,7 @@ def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, T
 def _attend(blocks, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight) -> Tensor:
     """Evaluate the equation on every block and return (B, H, N·C, D), fp32."""
     q, k, v = blocks.q.float(), blocks.k.float(), blocks.v.float()
-    batch, heads, num_blocks, size, dim = q.shape
+    heads, size, dim = q.shape[1], q.shape[3], q.shape[4]
 
     scores = _grouped(q, k.shape[1]) @ k.transpose(-1, -2) * scale
     scores = scores.unflatten(3, (-1, size)).masked_fill(~blocks.window_mask[:, None, :, None], -torch.inf)
@@ -233,7 +233,7 @@ def _attend(blocks, feature_map_q, feature_map_k, window_factor, scale, linear_w
 
 def _linear_branch(blocks, q, k, v, feature_map_q, feature_map_k) -> Tensor:
     """Σ φq·φk [v, 1] over the state and over the block's own keys past the window; (B, H, N, C, D + 1)."""
-    batch, heads, num_blocks, size, dim = q.shape
+    heads, num_blocks, size, dim = q.shape[1:]
     map_heads = feature_map_k.shape[0]
     phi_q = hedgehog_feature_map(q.flatten(2, 3), feature_map_q).unflatten(2, (num_blocks, size))
     phi_q = _grouped(phi_q, map_heads)  # (B, L, N, R·C, F)

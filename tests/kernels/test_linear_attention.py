@@ -80,7 +80,9 @@ def test_padding_and_weights_equal_the_equation():
 @pytest.mark.parametrize("length", [7, 41])
 def test_packed_sequences_do_not_see_each_other(length):
     x = make(length=length)
-    segments = torch.stack([torch.arange(length) // 17, (torch.arange(length) >= 3).long() + (torch.arange(length) > 4)])
+    segments = torch.stack(
+        [torch.arange(length) // 17, (torch.arange(length) >= 3).long() + (torch.arange(length) > 4)]
+    )
     got = run(x, segment_ids=segments)[0]
     torch.testing.assert_close(got.double(), quadratic(x, segments=segments), atol=2e-6, rtol=2e-5)
 

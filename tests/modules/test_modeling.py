@@ -225,7 +225,8 @@ def test_linear_weight_zero_in_the_config_is_sliding_window_attention():
 
 
 @pytest.mark.parametrize(
-    "options", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": torch.nn.Identity()}, {"cache_implementation": "quantized"}]
+    "options",
+    [{"prompt_lookup_num_tokens": 2}, {"assistant_model": torch.nn.Identity()}, {"cache_implementation": "quantized"}],
 )
 def test_what_cannot_be_rolled_back_is_refused(options):
     with pytest.raises(ValueError, match=r"cannot work on a linearized model[\s\S]*where:[\s\S]*next:"):
@@ -234,7 +235,7 @@ def test_what_cannot_be_rolled_back_is_refused(options):
 
 def test_a_cache_without_state_and_a_4d_mask_are_refused():
     model = make()
-    with pytest.raises(ValueError, match="DynamicCache\\(config=model.config\\)"):
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model\.config\)"):
         model(tokens(5), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="must be 2-D"):
         model(tokens(5), attention_mask=torch.ones(3, 1, 5, 5))

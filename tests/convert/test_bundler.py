@@ -1,0 +1,49 @@
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from kit.convert import bundler
+from kit.convert.bundler import bundle, flat_name
+from kit.convert.errors import KitError
+
+
+def test_every_import_of_ours_becomes_a_flat_relative_one_and_is_bundled():
+    files = bundle("kit.modules.modeling")
+    assert flat_name("kit.modules.modeling") + ".py" in files
+    for name, source in files.items():
+        assert "/" not in name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert f"{node.module}.py" in files
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+            assert not any(str(n).split(".")[0] == "kit" for n in names if n)
+
+
+def test_the_bundle_imports_where_kit_is_not_installed(tmp_path):
+    package = tmp_path / "bundled"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name, source in bundle("kit.modules.modeling").items():
+        (package / name).write_text(source)
+    code = "import sys; sys.modules['kit'] = None; import bundled.kit_modules_modeling as m; print(m.KitLlamaForCausalLM)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "bundled.kit_modules_modeling.KitLlamaForCausalLM" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ["import kit.modules", "from kit.convert.errors import KitError", "from . import modeling", "from .. import x"]
+)
+def test_imports_that_would_break_are_refused(tmp_path, monkeypatch, line):
+    module = tmp_path / "broken_module.py"
+    module.write_text(f"{line}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KitError, match="cannot bundle") as caught:
+        bundle("broken_module")
+    assert "broken_module.py:1" in caught.value.where
+
+
+def test_unknown_modules_are_named():
+    with pytest.raises(KitError, match="no module"):
+        bundler.bundle("kit.modules.nothing_here")
