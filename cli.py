@@ -343,11 +343,13 @@ def main() -> None:
         app(standalone_mode=True)
     except KeyboardInterrupt:
         _interrupted()
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic in a Rust extension is no Exception
         _fail(error)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: BaseException) -> None:
     from kit.convert.errors import ExitCode, KitError
 
     if os.environ.get("KIT_DEBUG"):

@@ -1,7 +1,7 @@
 """Checkpoint in: a folder, a GGUF file, a hub id, or `smollm2`, read lazily.
 
-Opening reads config.json and tensor headers, and finds what is missing, truncated or corrupt; no torch is imported until a
-tensor is read. Pickles are read only with `weights_only=True`.
+Opening reads config.json and tensor headers, and finds what is missing, truncated or corrupt; for safetensors, torch is
+not imported until a tensor is read. Pickles are read only with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -9,34 +9,40 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import struct
+import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from kit.convert.errors import KitError, closest
+from kit.convert.errors import ExitCode, KitError, closest
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger("kit")
 
-DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+DTYPES = {  # safetensors' name: torch's name and bytes an element
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
+    "C64": ("complex64", 8), "BOOL": ("bool", 1),
 }  # fmt: skip
-NAMES = {torch_name: name for name, torch_name in DTYPES.items()}
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+COMPUTE_DTYPES = ("F64", "F32", "F16", "BF16")
 
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SIDE_FILES = (
-    "tokenizer*.json", "tokenizer.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "vocab.*", "spiece.model", "sentencepiece*.model", "chat_template.*", "additional_chat_templates/*",
-    "generation_config.json", "*processor_config.json", "tokenization_*.py",
+    "tokenizer*.json", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.*",
+    "chat_template.*", "additional_chat_templates/*", "generation_config.json", "*processor_config.json",
 )  # fmt: skip
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "*.py", *SIDE_FILES]
+HUB_FILES = ("config.json", "*.index.json", "*.py", *SIDE_FILES)
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,12 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.numel * BYTES.get(self.dtype, 1)
+        return self.numel * DTYPES[self.dtype][1]
 
 
 @dataclass
 class Checkpoint:
-    """A model on disk.
+    """A model on disk, as `open_checkpoint` found it.
 
     Attributes:
         source: what the user typed.
@@ -74,16 +80,16 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: dict[str, Path]
-    _handles: dict[Path, Any] = field(default_factory=dict, repr=False)
+    _readers: dict[Path, Callable[[str], torch.Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> str:
-        """The torch name of the dtype that most floating-point bytes have."""
+        """The torch name of the dtype that most bytes have, among those that models compute in (16 bits and more)."""
         sizes: Counter[str] = Counter()
         for info in self.tensors.values():
-            if DTYPES.get(info.dtype, "").startswith(("float", "bfloat")):
+            if info.dtype in COMPUTE_DTYPES:
                 sizes[info.dtype] += info.nbytes
-        return DTYPES[sizes.most_common(1)[0][0]] if sizes else "float32"
+        return DTYPES[sizes.most_common(1)[0][0]][0] if sizes else "float32"
 
     @property
     def num_parameters(self) -> int:
@@ -97,27 +103,30 @@ class Checkpoint:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether the output head is the embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        """Whether the output head is the embedding; where config.json does not say, whether the head is not stored."""
+        return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.tensors))
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
-        """Read one tensor.
+        """Read one tensor into memory of its own: writing to it changes no later read.
 
         Raises:
-            KitError: if there is no tensor of that name.
+            KitError: if there is no tensor of that name, or its file changed since it was opened.
         """
         if name not in self.tensors:
-            raise KitError(
-                f"no tensor '{name}'", where=self.source, next_step=f"{closest(name, self.tensors)}check config.json"
-            )
+            advice = f"{closest(name, self.tensors)}`kit inspect` shows what the model holds"
+            raise KitError(f"there is no tensor '{name}'", where=self.source, next_step=advice)
         file = self.files[name]
-        if file not in self._handles:
-            self._handles[file] = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)
-        return self._handles[file](name).to(device=device, dtype=dtype)
+        if file not in self._readers:
+            self._readers[file] = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)
+        return self._readers[file](name).to(device=device, dtype=dtype)
 
     def side_files(self) -> list[Path]:
         """Files of the tokenizer and of generation, which conversions copy byte for byte."""
-        return sorted({file for pattern in SIDE_FILES for file in self.folder.glob(pattern) if file.is_file()})
+        found = {file for pattern in SIDE_FILES for file in self.folder.glob(pattern)}
+        settings = self.folder / "tokenizer_config.json"
+        if settings.exists() and _read_json(settings, "download it again").get("auto_map"):
+            found.update(self.folder.glob("tokenization_*.py"))
+        return sorted(file for file in found if file.is_file())
 
     def fingerprint(self) -> str:
         """Hash of config, tensor headers, and the weight files' sizes and times."""
@@ -127,24 +136,23 @@ class Checkpoint:
         content = json.dumps([self.config, headers, stats], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def load_config(self, trust_remote_code: bool = False) -> Any:
+        """Load the config as transformers' class.
+
+        Raises:
+            KitError: if transformers does not know the architecture, or rejects a value.
+        """
+        advice = "check config.json; a new architecture may need a newer transformers"
+        return self._load("AutoConfig", "config", advice, trust_remote_code)
+
     def load_tokenizer(self, trust_remote_code: bool = False) -> Any:
         """Load the tokenizer from the folder.
 
         Raises:
             KitError: if there is none, or transformers cannot read it.
         """
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except Exception as error:
-            raise KitError(
-                f"the tokenizer cannot be loaded: {_first_line(error)}",
-                where=str(self.folder),
-                next_step="put the model's tokenizer files (tokenizer.json, ...) into the folder",
-            ) from error
+        advice = "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder"
+        return self._load("AutoTokenizer", "tokenizer", advice, trust_remote_code)
 
     def load_model(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
         """Load the whole model for inference; every tensor must find its place.
@@ -154,32 +162,37 @@ class Checkpoint:
         Raises:
             KitError: on missing, unexpected or mismatched keys, or files that cannot be read.
         """
-        from transformers import AutoModelForCausalLM
+        model, info = self._load(
+            "AutoModelForCausalLM",
+            "model",
+            "check that config.json and the weights belong together",
+            trust_remote_code,
+            dtype=dtype,
+            output_loading_info=True,
+            weights_only=True,
+        )
+        problems = [
+            f"{kind.removesuffix('_keys')} {key}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+            for key in sorted(map(str, info.get(kind) or ()))
+        ]
+        if problems:
+            raise _mismatch(self, problems)
+        return model.to(device).eval()
 
-        import kit.modules  # noqa: F401  (registers our architectures)
+    def _load(self, auto_class: str, what: str, advice: str, trust_remote_code: bool, **options: Any) -> Any:
+        """Call `from_pretrained` of one of transformers' Auto classes, with our architectures registered."""
+        import transformers
+
+        import kit.modules  # noqa: F401
 
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                local_files_only=True,
-                weights_only=True,
+            return getattr(transformers, auto_class).from_pretrained(
+                self.folder, trust_remote_code=trust_remote_code, local_files_only=True, **options
             )
-        except KitError:
-            raise
         except Exception as error:
-            raise KitError(
-                f"the model cannot be loaded: {_first_line(error)}",
-                where=str(self.folder),
-                next_step="check that config.json and the weights belong together",
-            ) from error
-        problems = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
-        if problems:
-            kind, keys = next(iter(problems.items()))
-            raise _mismatch(self, f"{len(keys)} {kind.replace('_', ' ')}, for example {sorted(map(str, keys))[0]}")
-        return model.to(device).eval()
+            problem = f"the {what} cannot be loaded: {_first_line(error)}"
+            raise KitError(problem, where=str(self.folder), next_step=advice) from error
 
 
 def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> Any:
@@ -197,10 +210,12 @@ def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", t
     import torch
 
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, checkpoint.dtype if dtype == "auto" else dtype)
-    assert isinstance(dtype, torch.dtype)
-    return checkpoint.load_model(dtype, device, trust_remote_code)
+    name = checkpoint.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
+    chosen = getattr(torch, name, None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        advice = "use auto, bfloat16, float16 or float32"
+        raise KitError(f"'{dtype}' is no dtype", where="dtype", next_step=advice, exit_code=ExitCode.USAGE)
+    return checkpoint.load_model(chosen, device, trust_remote_code)
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
@@ -217,193 +232,307 @@ def open_checkpoint(model: str, *, revision: str | None = None, trust_remote_cod
     path = Path(model).expanduser()
     if path.is_dir():
         folder = path
-    elif path.is_file() and path.suffix == ".gguf":
-        from kit.convert.gguf import materialise
-
-        folder = materialise(path)
     elif path.is_file():
-        raise KitError(
-            "the file is no model", where=model, next_step="give the folder that holds config.json, or a .gguf file"
-        )
+        folder = _from_file(path)
     elif model == "smollm2":
         from kit.convert.gguf import materialise, smollm2_gguf
 
         folder = materialise(smollm2_gguf())
-    elif model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir() and str(path.parent) != ".":
-        siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    elif _looks_like_a_path(model):
+        siblings = [p.name for p in path.parent.iterdir() if _is_model(p)] if path.parent.is_dir() else []
         raise KitError(
             f"there is no model '{model}'",
             where=str(path.parent.absolute()),
-            next_step=f"{closest(str(path), [*siblings, 'smollm2'])}give a folder, a .gguf file or a hub id (org/name)",
+            next_step=f"{closest(path.name, [*siblings, 'smollm2'])}give a folder, a .gguf file or a hub id (org/name)",
         )
     else:
-        folder = _from_hub(model, revision)
+        folder = _from_hub(model, revision, trust_remote_code)
     return _open_folder(model, folder, trust_remote_code)
 
 
-def check_matches_config(checkpoint: Checkpoint) -> None:
+def check_matches_config(checkpoint: Checkpoint) -> Any:
     """Compare names and shapes in the weights with what config.json asks for, before anything is loaded.
 
+    Returns:
+        The model that config.json describes, on the meta device.
+
     Raises:
-        KitError: naming the first differences.
+        KitError: naming the first differences, or if the weights are quantized, or transformers cannot build the model.
     """
     from kit.convert.streaming import build_skeleton
 
-    skeleton = build_skeleton(checkpoint.config)
-    tied = set(skeleton.all_tied_weights_keys)
+    where = str(checkpoint.folder / "config.json")
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "unknown method")
+        advice = "give the model that it was made from, in bfloat16, float16 or float32"
+        raise KitError(f"the weights are already quantized ({method})", where=where, next_step=advice)
+    try:
+        skeleton = build_skeleton(checkpoint.config)
+    except KitError:
+        raise
+    except Exception as error:
+        problem = f"config.json describes no causal language model that transformers can build: {_first_line(error)}"
+        raise KitError(problem, where=where, next_step="get the config.json that came with these weights") from error
+    if problems := _differences(checkpoint.tensors, skeleton):
+        raise _mismatch(checkpoint, problems)
+    return skeleton
+
+
+def _differences(tensors: dict[str, TensorInfo], skeleton: Any) -> list[str]:
+    """What is missing, unexpected or of another shape; tied weights may be left out, obsolete buffers may be there."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    missing = sorted(name for name in expected.keys() - checkpoint.tensors.keys() if name not in tied)
-    unexpected = sorted(name for name in checkpoint.tensors.keys() - expected.keys() if "rotary_emb.inv_freq" not in name)
-    shapes = [
-        f"{name} is {info.shape}, not {expected[name]}"
-        for name, info in checkpoint.tensors.items()
-        if name in expected and info.shape != expected[name]
+    obsolete = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
+    missing = expected.keys() - tensors.keys() - set(skeleton.all_tied_weights_keys)
+    unexpected = [n for n in tensors.keys() - expected.keys() if not any(re.search(p, n) for p in obsolete)]
+    reshaped = [n for n in expected.keys() & tensors.keys() if tensors[n].shape != expected[n]]
+    return [
+        *(f"missing {name}" for name in sorted(missing)),
+        *(f"unexpected {name}" for name in sorted(unexpected)),
+        *(f"{name} is {tensors[name].shape}, not {expected[name]}" for name in sorted(reshaped)),
     ]
-    for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
-        if names:
-            raise _mismatch(checkpoint, f"{len(names)} tensors are {problem}: {', '.join(names[:3])}")
 
 
-def _mismatch(checkpoint: Checkpoint, what: str) -> KitError:
+def _mismatch(checkpoint: Checkpoint, problems: list[str]) -> KitError:
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     return KitError(
-        f"config.json ({checkpoint.config.get('model_type')}) and the weights do not belong together: {what}",
+        f"config.json names another architecture ('{checkpoint.config.get('model_type')}') than the weights hold: "
+        + "; ".join(problems[:5])
+        + more,
         where=str(checkpoint.folder),
         next_step="get the config.json that came with these weights",
     )
 
 
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or path.suffix == ".gguf"
+
+
+def _looks_like_a_path(model: str) -> bool:
+    parent = Path(model).parent
+    inside_a_folder = parent != Path(".") and parent.is_dir()
+    return model.startswith((".", "/", "~")) or model.count("/") != 1 or model.endswith(".gguf") or inside_a_folder
+
+
+def _from_file(path: Path) -> Path:
+    if path.suffix != ".gguf":
+        advice = f"give the folder that holds config.json ({path.parent}), or a .gguf file"
+        raise KitError("a file is no model", where=str(path), next_step=advice)
+    from kit.convert.gguf import materialise
+
+    return materialise(path)
+
+
 def _open_folder(source: str, folder: Path, trust_remote_code: bool) -> Checkpoint:
-    config = _read_json(folder / "config.json", "a model folder needs a config.json; download it with the weights")
-    if config.get("auto_map") and not str(config.get("model_type")).startswith("kit_") and not trust_remote_code:
-        raise KitError(
-            "the model needs code of its own to run",
-            where=str(folder / "config.json") + ": auto_map",
-            next_step="read that code, then add --trust-remote-code",
-        )
-    safetensors, pickled = _weight_files(folder, "model.safetensors"), _weight_files(folder, "pytorch_model.bin")
-    listed = safetensors or pickled
+    config = _read_config(folder, trust_remote_code)
+    listed = next((found for name in WEIGHTS if (found := _weight_files(folder, name))), None)
     if not listed:
         raise KitError(
-            "no weights: neither model.safetensors nor pytorch_model.bin nor their index",
+            f"no weights: neither {' nor '.join(WEIGHTS)} nor an index of several files",
             where=str(folder),
             next_step="download the weights into the folder",
         )
-    header: Callable[[Path], dict[str, TensorInfo]] = _safetensors_header if safetensors else _pickle_header
-    if not safetensors:
+    tensors: dict[str, TensorInfo] = {}
+    files: dict[str, Path] = {}
+    for file, promised in listed.items():
+        header = _pickle_header(file) if file.suffix == ".bin" else _safetensors_header(file)[0]
+        advice = "download the index and its files again; they are of different versions"
+        if lost := sorted(promised - header.keys()):
+            problem = f"the index promises '{lost[0]}' in a file that does not hold it"
+            raise KitError(problem, where=str(file), next_step=advice)
+        if twice := sorted(header.keys() & tensors.keys()):
+            raise KitError(f"'{twice[0]}' is in this file and in another", where=str(file), next_step=advice)
+        tensors |= header
+        files |= dict.fromkeys(header, file)
+    if any(file.suffix == ".bin" for file in listed):
         log.warning("%s holds pickles, read with weights_only=True; prefer safetensors", folder)
-    headers = {file: header(file) for file in listed}
-    for file, names in listed.items():
-        if names and (lost := sorted(names - headers[file].keys())):
-            raise KitError(
-                f"the index promises '{lost[0]}' in a file that does not hold it",
-                where=str(file),
-                next_step="download the index and its files again; they are of different versions",
-            )
-    tensors = {name: info for found in headers.values() for name, info in found.items()}
-    files = {name: file for file, found in headers.items() for name in found}
     return Checkpoint(source, folder, config, tensors, files)
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+    advice = "give the folder that holds config.json and the weights, or a .gguf file"
+    if (folder / "adapter_config.json").exists():
+        advice = "this is an adapter: merge it into its base model first (PEFT's merge_and_unload), and give the result"
+    elif ggufs := sorted(folder.glob("*.gguf")):
+        advice = f"give the GGUF file itself: {ggufs[0]}"
+    config = _read_json(folder / "config.json", advice)
+    ours = str(config.get("model_type")).startswith("kit_")
+    if config.get("auto_map") and not ours and not trust_remote_code:
+        raise KitError(
+            "the model needs code of its own to run",
+            where=f"{folder / 'config.json'}: auto_map",
+            next_step="read that code, then add --trust-remote-code",
+        )
+    return config
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor, from an index."""
+    found = _read_json(index, "download the index again").get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        raise KitError("the index names no files", where=f"{index}: weight_map", next_step="download the index again")
+    return found
 
 
 def _weight_files(folder: Path, name: str) -> dict[Path, set[str]]:
     """The weight files and the tensors that the index promises in each (empty set: not said)."""
     index = folder / f"{name}.index.json"
+    if (folder / name).exists():  # transformers, too, takes the single file when there are both
+        return {folder / name: set()}
     if not index.exists():
-        return {folder / name: set()} if (folder / name).exists() else {}
-    weight_map = _read_json(index, "download the index again").get("weight_map", {})
+        return {}
     files: dict[Path, set[str]] = {}
-    for tensor, file in weight_map.items():
+    for tensor, file in _weight_map(index).items():
         files.setdefault(folder / file, set()).add(tensor)
-    for path in files:
-        if not path.exists() or path.parent.resolve() != folder.resolve():
-            raise KitError(
-                f"the weight file {path.name} is missing",
-                where=str(index),
-                next_step=f"download {path.name} into the folder; the index lists {len(files)} files",
-            )
+    missing = [file.name for file in files if not file.is_file() or file.parent.resolve() != folder.resolve()]
+    if missing:
+        raise KitError(
+            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:5])}",
+            where=str(index),
+            next_step="download them into the folder",
+        )
     return files
 
 
-def _read_json(path: Path, next_step: str) -> dict[str, Any]:
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise KitError(f"{path.name} is missing", where=str(path.parent), next_step=next_step) from error
+        raise KitError(f"{path.name} is missing", where=str(path.parent), next_step=advice) from error
     except (ValueError, OSError) as error:
-        raise KitError(f"{path.name} cannot be read: {error}", where=str(path), next_step=next_step) from error
+        problem = f"{path.name} cannot be read: {error}"
+        raise KitError(problem, where=str(path), next_step="repair or download it again") from error
     if not isinstance(content, dict):
-        raise KitError(f"{path.name} holds no JSON object", where=str(path), next_step=next_step)
+        raise KitError(f"{path.name} holds no JSON object", where=str(path), next_step="repair or download it again")
     return content
 
 
-def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """Parse a safetensors header (8 bytes little-endian length, then JSON) and check the file's length against it."""
-    size = path.stat().st_size
+def _corrupt(path: Path, error: Exception) -> KitError:
+    problem = f"the weight file is unreadable, truncated or corrupt: {_first_line(error)}"
+    return KitError(problem, where=str(path), next_step="download this file again")
+
+
+def _safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """Parse a safetensors header (8 bytes little-endian length, then JSON) and check it against the file's length.
+
+    Returns:
+        By name: shape and dtype, and where in the file the tensor starts.
+    """
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
-                raise ValueError(f"its header should be {length} bytes, the file has {size}")
+                raise ValueError(f"the header should have {length:,} bytes, the file has {size:,}")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if end != size:
-            raise ValueError(f"{size:,} bytes, but its header describes {end:,}")
-        return {name: TensorInfo(tuple(entry["shape"]), entry["dtype"]) for name, entry in entries.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KitError(
-            f"the weight file is truncated or corrupt: {error}", where=str(path), next_step="download this file again"
-        ) from error
+        tensors, starts, end = {}, {}, 0
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"'{name}' has the unknown dtype '{entry['dtype']}'")
+            tensors[name] = TensorInfo(tuple(entry["shape"]), entry["dtype"])
+            starts[name] = 8 + length + end
+            start, end = end, end + tensors[name].nbytes
+            if entry["data_offsets"] != [start, end]:
+                raise ValueError(f"the place of '{name}' does not agree with its shape")
+        if size != 8 + length + end:
+            raise ValueError(f"the file has {size:,} bytes, its header describes {8 + length + end:,}")
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path, error) from error
+    return tensors, starts
 
 
 def _open_safetensors(path: Path) -> Callable[[str], torch.Tensor]:
-    from safetensors import safe_open
+    """Read tensors at their place in the file.
 
-    return safe_open(path, framework="pt").get_tensor
-
-
-def _load_pickle(path: Path, **options: Any) -> dict[str, torch.Tensor]:
+    safetensors' own reader maps the whole file as writable memory, which the system refuses for files larger than its
+    memory, and lets a write to one tensor change the next read.
+    """
     import torch
 
-    try:
-        return torch.load(path, weights_only=True, **options)
-    except Exception as error:
+    tensors, starts = _safetensors_header(path)
+
+    def read(name: str) -> torch.Tensor:
+        info = tensors[name]
+        flat = torch.empty(info.numel, dtype=getattr(torch, DTYPES[info.dtype][0]))
+        try:
+            with path.open("rb") as file:
+                file.seek(starts[name])
+                if file.readinto(flat.view(torch.uint8).numpy().data) != info.nbytes:
+                    raise EOFError(f"'{name}' ends early")
+        except (OSError, EOFError) as error:
+            raise _corrupt(path, error) from error
+        return flat.view(info.shape)
+
+    return read
+
+
+def _load_pickle(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """Read a pickle of tensors; nothing in it is ever executed."""
+    import torch
+
+    try:  # torch maps only its newer, zipped format
+        content = torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location=device)
+    except UnpicklingError as error:
         raise KitError(
-            f"the pickle holds more than tensors, or is corrupt; nothing in it was run ({type(error).__name__})",
+            "the pickle holds more than tensors, or is corrupt; nothing in it was run",
             where=str(path),
-            next_step="get the model as safetensors",
+            next_step="do not load it elsewhere; get the model as safetensors",
         ) from error
+    except Exception as error:
+        raise _corrupt(path, error) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        advice = "export its state_dict, best as safetensors"
+        raise KitError("the file holds no plain state_dict", where=str(path), next_step=advice)
+    return content
 
 
 def _pickle_header(path: Path) -> dict[str, TensorInfo]:
-    tensors = _load_pickle(path, map_location="meta")
-    return {n: TensorInfo(tuple(t.shape), NAMES[str(t.dtype).removeprefix("torch.")]) for n, t in tensors.items()}
+    names = {f"torch.{torch_name}": name for name, (torch_name, _) in DTYPES.items()}
+    tensors = _load_pickle(path, "meta")
+    try:
+        return {name: TensorInfo(tuple(tensor.shape), names[str(tensor.dtype)]) for name, tensor in tensors.items()}
+    except KeyError as error:
+        raise _corrupt(path, error) from error
 
 
 def _open_pickle(path: Path) -> Callable[[str], torch.Tensor]:
-    return _load_pickle(path, mmap=True, map_location="cpu").__getitem__
+    tensors = _load_pickle(path, "cpu")  # mapped: a clone, so that a write to it changes no later read
+    return lambda name: tensors[name].clone()
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
-    """Download a model's files, or find them in the cache when the hub cannot be reached."""
+def _from_hub(model: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """Download a model, or find it in the cache: the small files first, then only the weights that they name."""
+    folder = _snapshot(model, revision, HUB_FILES)
+    _read_config(folder, trust_remote_code)
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        files = sorted(set(_weight_map(index).values())) if index.exists() else [name]
+        _snapshot(model, folder.name, files)  # the folder is named after its commit
+        if all((folder / file).exists() for file in files):
+            break
+    return folder
+
+
+def _snapshot(model: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Fetch some files of a hub repository; without a connection, take them from the cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def download(**options: Any) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES, **options))
+    def find(local_files_only: bool) -> Path:
+        options: Any = {"allow_patterns": list(files), "local_files_only": local_files_only}
+        return Path(snapshot_download(model, revision=revision, **options))
 
     try:
         try:
-            folder = download()
-        except (LocalEntryNotFoundError, OSError):
-            folder = download(local_files_only=True)
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model, revision=revision, allow_patterns=["*.bin", "*.bin.index.json"]))
-        return folder
+            return find(local_files_only=False)
+        except Exception:  # a proxy that fails, a server that is down: the cache may do
+            with suppress(Exception):
+                return find(local_files_only=True)
+            raise
     except Exception as error:
         raise KitError(
-            f"the model '{model}' is neither on the hub nor in the cache ({type(error).__name__})",
+            f"the model '{model}' is neither on the hub nor whole in the cache ({_first_line(error)})",
             where=f"hub id {model}" + (f" at {revision}" if revision else ""),
-            next_step="check the name and the network (private models: `hf auth login`), or give a folder",
+            next_step="check the name and the network (private or gated models: `hf auth login`), or give a folder",
         ) from error
 
 

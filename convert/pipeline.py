@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kit.convert.checkpoint import Checkpoint, check_matches_config
 from kit.convert.errors import ExitCode, KitError
-from kit.convert.measure import hardware, peak_memory, reset_peak_memory, versions
+from kit.convert.measure import free_memory, hardware, peak_memory, reset_peak_memory, versions
 from kit.convert.progress import Progress
 from kit.convert.recipe import Layer, ModelFacts, PlanItem, Recipe, Stage, TrainRun
 from kit.convert.work import WorkFolder, put_in_place, restore_old
@@ -252,7 +252,8 @@ class _Conversion:
         else:
             from safetensors.torch import load_file
 
-            rows = TokenRows(**load_file(self.work.tensors(step)), **done)
+            tensors = load_file(self.work.tensors(step))
+            rows = TokenRows(tensors["input_ids"], tensors["position_ids"], **done)
         self.data_summaries.append({"recipe": recipe.name, "seed": config.seed, **rows.summary()})
         torch.manual_seed(config.seed)
         return rows
@@ -380,15 +381,7 @@ class _Conversion:
 
     def fits_in_float32(self) -> bool:
         """Whether the whole model in float32 fits this device's free memory."""
-        import os
-
-        import torch
-
-        if self.device == "cpu":
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        else:
-            free = torch.cuda.mem_get_info(self.device)[0]
-        return 4 * 1.2 * self.checkpoint.num_parameters < free
+        return 4 * 1.2 * self.checkpoint.num_parameters < free_memory(self.device)
 
     def evaluate(self) -> dict[str, Any]:
         """The before/after table on held-out text sampled from the source."""

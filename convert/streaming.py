@@ -49,7 +49,7 @@ class TensorView:
                 where=self._checkpoint.source,
                 next_step="check that config.json and the weights belong together",
             )
-        return tensor.to(device=device, dtype=dtype)
+        return tensor.to(device=device, dtype=dtype, copy=True)  # files are mapped: later reads would see a change
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Replace or add a tensor (prepare stages); kept in memory until the stage is committed."""

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BALANCE_TOKENS = 1024  # of a row, for the starting value of g: the only T x T scores
+
+
 class LoraTrainConfig(TrainConfig):
     """Low-rank linearizing: the training loop's options and the adapter's."""
 
@@ -57,7 +60,9 @@ class LolcatsConfig(RecipeConfig):
         "kv",
         description="One key map and one state a key/value head (keeps GQA's savings) or a query head (as the paper).",
     )
-    window_factor: float = Field(0.1, gt=0, lt=1, description="Starting value of the mixing factor g.")
+    window_factor: float | None = Field(
+        None, gt=0, lt=1, description="Starting value of the mixing factor g (paper: 0.1). None: balanced on the data."
+    )
     linear_weight: float = Field(1.0, ge=0, description="Weight of the linear branch; 0 leaves window attention.")
     transfer: TrainConfig = Field(
         default_factory=lambda: TrainConfig(learning_rate=1e-2), description="Attention transfer, for each layer."
@@ -131,7 +136,7 @@ class Lolcats(Recipe):
             "linear_attention": {
                 "feature_dim": self._feature_dim(model),
                 "feature_map_heads": self.config.feature_map_heads,
-                "window_factor": self.config.window_factor,
+                "window_factor": self.config.window_factor or 0.1,
                 "linear_weight": self.config.linear_weight,
             },
         }
@@ -188,6 +193,12 @@ class Lolcats(Recipe):
                 return float(error(rows) / y[rows].float().var())
 
         before = relative_error()
+        if self.config.window_factor is None:
+            rows = slice(self.config.transfer.batch_size)
+            with torch.no_grad(), _queries_keys(attention) as seen:
+                hidden, where = (t[rows, :BALANCE_TOKENS].to(layer.device) for t in (x, positions))
+                attention(hidden_states=hidden, position_embeddings=rotary(hidden, where), attention_mask=None)
+            _balance(attention, *seen[0])
         losses = fit(
             attention.linear_attention.parameters(),
             lambda rows: 1000 * error(rows),
@@ -241,6 +252,49 @@ class Lolcats(Recipe):
         model.eval()
         model.merge_and_unload()
         return {"losses": losses, "trained_parameters": sum(p.numel() for p in trained)}
+
+
+def _balance(attention: Any, q: Tensor, k: Tensor) -> None:
+    """Start g where the two branches have the masses that softmax gives them.
+
+    Softmax puts exp(LSE_past) on the keys past the window and exp(LSE_window) on those in it; the hybrid puts φq·Σφk and
+    g·exp(LSE_window). They agree, in the mean over queries, at log g = log φq·Σφk − LSE_past. Where a head attends to
+    a far token with a large score (an attention sink), g is far below the paper's 0.1 and would take long to learn.
+
+    Args:
+        attention: a linearized attention layer.
+        q: (B, H, T, D) after RoPE.
+        k: (B, G, T, D).
+    """
+    import torch
+
+    from kit.kernels.linear_attention import hedgehog_feature_map
+
+    hybrid = attention.linear_attention
+    heads, window = q.shape[1], hybrid.window_size
+    total = torch.zeros(heads, device=q.device)
+    for row in range(len(q)):  # one row at a time: these are (H, T, T)
+        keys = k[row].repeat_interleave(heads // k.shape[1], 0).float()
+        past = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril(-window)
+        scores = (q[row].float() @ keys.transpose(-1, -2)) * attention.scaling
+        phi_q = hedgehog_feature_map(q[row, None], hybrid.feature_map_q)[0]
+        maps = hybrid.feature_map_k.repeat_interleave(heads // hybrid.feature_map_k.shape[0], 0)
+        similarity = phi_q @ hedgehog_feature_map(keys[None], maps)[0].transpose(-1, -2)
+        log_linear = (similarity * past).sum(-1)[:, window:].log()
+        log_softmax = scores.masked_fill(~past, -torch.inf).logsumexp(-1)[:, window:]
+        total += (log_linear - log_softmax).mean(-1)
+    hybrid.window_factor.copy_(torch.logit((total / len(q)).exp(), eps=1e-6))
+
+
+@contextmanager
+def _queries_keys(attention: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record q (B, H, T, D) and k (B, G, T, D), after RoPE."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = attention.linear_attention.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -191,9 +191,10 @@ def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, T
         open_segment = segments[:, :, -1]
         counted = real & (segments == open_segment[:, :, None])
     counted = counted.expand(k.shape[0], -1, -1)
-    gone = torch.stack(
-        [linear_state(k[:, :, n], v[:, :, n], feature_map_k, counted[:, n]) for n in range(num_blocks - 1)], dim=2
-    )
+    batch, blocks_gone = len(k), num_blocks - 1
+    keys, values = (x[:, :, :blocks_gone].transpose(1, 2).flatten(0, 1) for x in (k, v))  # (B·(N - 1), G, C, D)
+    gone = linear_state(keys, values, feature_map_k, counted[:, :blocks_gone].flatten(0, 1))
+    gone = gone.unflatten(0, (batch, blocks_gone)).transpose(1, 2)
     first = torch.zeros_like(gone[:, :, 0]) if state is None else state
     if segments is None:
         return torch.cat([first[:, :, None], first[:, :, None] + gone.cumsum(2)], dim=2), None

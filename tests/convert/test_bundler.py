@@ -27,13 +27,16 @@ def test_the_bundle_imports_where_kit_is_not_installed(tmp_path):
     (package / "__init__.py").touch()
     for name, source in bundle("kit.modules.modeling").items():
         (package / name).write_text(source)
-    code = "import sys; sys.modules['kit'] = None; import bundled.kit_modules_modeling as m; print(m.KitLlamaForCausalLM)"
+    code = (
+        "import sys; sys.modules['kit'] = None; import bundled.kit_modules_modeling as m; print(m.KitLlamaForCausalLM)"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "bundled.kit_modules_modeling.KitLlamaForCausalLM" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
-    "line", ["import kit.modules", "from kit.convert.errors import KitError", "from . import modeling", "from .. import x"]
+    "line",
+    ["import kit.modules", "from kit.convert.errors import KitError", "from . import modeling", "from .. import x"],
 )
 def test_imports_that_would_break_are_refused(tmp_path, monkeypatch, line):
     module = tmp_path / "broken_module.py"
