@@ -83,8 +83,7 @@ def convert(
 ) -> None:
     """Convert a model with a recipe and write a new checkpoint."""
     from kit.convert.checkpoint import open_checkpoint
-    from kit.convert.export import parse_size
-    from kit.convert.pipeline import Options, plan
+    from kit.convert.pipeline import Options, parse_size, plan
     from kit.convert.pipeline import convert as run
     from kit.recipes import load_recipes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kit.convert.bundler import bundle, flat_name
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.streaming import TensorView
 from kit.convert.work import disk_errors
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB" or "200MB".
-
-    Raises:
-        KitError: if it is no size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise KitError(
-            f"'{text}' is not a size",
-            where="--max-shard-size",
-            next_step="write a number and a unit, for example 5GB or 200MB",
-            exit_code=ExitCode.USAGE,
-        )
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+from kit.modules.bundler import flat_name, write_code
 
 
 def auto_map(config: dict[str, Any], entry: str) -> dict[str, Any]:
@@ -81,8 +63,7 @@ def write_checkpoint(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         for entry in bundle_entries:
-            for name, code in bundle(entry).items():
-                (folder / name).write_text(code, encoding="utf-8")
+            write_code(folder, entry)
         config = {**config, "dtype": str(dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

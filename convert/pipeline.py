@@ -6,6 +6,7 @@ freed. Train stages hold the whole model. Nothing here knows a recipe by name.
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -51,6 +52,23 @@ class Options:
     max_shard_size: int = 5 * 10**9
     eval_tokens: int = 4096
     command: str = ""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "5GB" or "200MB".
+
+    Raises:
+        KitError: if it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise KitError(
+            f"'{text}' is not a size",
+            where="--max-shard-size",
+            next_step="write a number and a unit, for example 5GB or 200MB",
+            exit_code=ExitCode.USAGE,
+        )
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
 def output_dtype(checkpoint: Checkpoint, options: Options) -> str:

@@ -3,6 +3,9 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kit.modules import modeling
+from kit.modules.bundler import write_code
+
+modeling.LinearizedPreTrained.write_code = staticmethod(lambda folder: write_code(folder, modeling.__name__))
 
 for _family, _prefix in modeling.FAMILIES.items():
     _config = getattr(modeling, f"Kit{_prefix}Config")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,6 +106,16 @@ class LinearizedAttention:
 
 class LinearizedPreTrained:
     """What the base model and the language model share."""
+
+    write_code: Callable[[str], None] | None = (
+        None  # set where kit is installed; elsewhere transformers copies the code
+    )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As usual, with the code that the checkpoint runs on."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if self.write_code is not None:
+            self.write_code(save_directory)
 
     def _check_and_adjust_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
         return ATTENTION

@@ -11,8 +11,6 @@ import ast
 import importlib.util
 from pathlib import Path
 
-from kit.convert.errors import KitError
-
 BUNDLED = ("kit.kernels", "kit.modules")
 
 
@@ -23,7 +21,7 @@ def bundle(entry: str) -> dict[str, str]:
         entry: dotted name, for example "kit.modules.modeling".
 
     Raises:
-        KitError: if a source imports ours in a form that cannot be rewritten.
+        ValueError: if a module is not there, or a source imports ours in a form that cannot be rewritten.
     """
     files: dict[str, str] = {}
     todo = [entry]
@@ -41,11 +39,17 @@ def flat_name(module: str) -> str:
     return module.replace(".", "_")
 
 
+def write_code(folder: str | Path, entry: str) -> None:
+    """Write a module and all of ours that it imports as flat files into a checkpoint's folder."""
+    for name, source in bundle(entry).items():
+        (Path(folder) / name).write_text(source, encoding="utf-8")
+
+
 def _rewrite(module: str) -> tuple[str, list[str]]:
     """Return a module's source with our imports made relative and flat, and the modules they name."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise KitError(f"no module {module}", where="the bundler", next_step="check the import that names it")
+        raise ValueError(f"cannot bundle {module}: there is no such module")
     source = Path(spec.origin).read_text(encoding="utf-8")
     lines, imported = source.splitlines(keepends=True), []
     for node in ast.walk(ast.parse(source)):
@@ -57,10 +61,10 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
         if not ours:
             continue
         if not isinstance(node, ast.ImportFrom) or node.level or not node.module or not node.module.startswith(BUNDLED):
-            raise KitError(
-                f"cannot bundle `{ast.unparse(node)}`",
-                where=f"{spec.origin}:{node.lineno}",  # type: ignore[attr-defined]
-                next_step="write `from kit.modules.x import Y` or `from kit.kernels.x import Y`",
+            raise ValueError(
+                f"cannot bundle `{ast.unparse(node)}`\n"
+                f"  where: {spec.origin}:{node.lineno}\n"  # type: ignore[attr-defined]
+                "  next:  write `from kit.modules.x import Y` or `from kit.kernels.x import Y`"
             )
         first = node.lineno - 1
         lines[first] = lines[first].replace(f"from {node.module} ", f"from .{flat_name(node.module)} ", 1)
