@@ -65,7 +65,7 @@ class LolcatsConfig(RecipeConfig):
     )
     linear_weight: float = Field(1.0, ge=0, description="Weight of the linear branch; 0 leaves window attention.")
     transfer: TrainConfig = Field(
-        default_factory=lambda: TrainConfig(learning_rate=1e-2), description="Attention transfer, for each layer."
+        default_factory=lambda: TrainConfig(learning_rate=3e-2), description="Attention transfer, for each layer."
     )
     lora: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="Low-rank linearizing.")
 
