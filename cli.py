@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 if TYPE_CHECKING:
     pass
 
+
+class Group(typer.core.TyperGroup):
+    """Says how to go on after an interrupt; typer alone would say "Aborted!"."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _interrupted()
+
+
 app = typer.Typer(
     name="kit",
+    cls=Group,
     help="Make a Hugging Face language model cheaper to run.",
     no_args_is_help=True,
     add_completion=False,
@@ -138,7 +152,7 @@ def evaluate(
         int | None, typer.Option("--limit", "-L", help="At most so many windows.", show_default=False)
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Held-out tokens sampled from the base; 0: none.")] = 4096,
-    ablations: Annotated[bool, typer.Option("--ablations", help="Also without a branch of the attention.")] = False,
+    ablations: Annotated[bool, typer.Option("--ablations", help="Also the first, a branch taken away.")] = False,
     speed: Annotated[bool, typer.Option(help="Time prefill and decode.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the sampled text.")] = 1,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
@@ -339,9 +353,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _interrupted()
+        app()
     except SystemExit:
         raise
     except BaseException as error:  # a panic in a Rust extension is no Exception

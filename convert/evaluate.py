@@ -63,7 +63,7 @@ def evaluate(
         seed: seed of the sampled text; use another one than for calibration.
         dtype: compute dtype; "auto" is the checkpoint's.
         device: where to run.
-        ablations: also measure linearized models with a branch taken away.
+        ablations: also measure the first model with a branch of its attention taken away.
         speed: also time prefill and decode.
         trust_remote_code: allow a checkpoint's own code to run.
         progress: shows what is measured.
@@ -98,7 +98,7 @@ def evaluate(
                 text.base_log_probs = _scratch_tensor(
                     Path(scratch) / "base", text.sampled.numel(), model.config.vocab_size
                 )
-            for variant, context in _variants(model, ablations):
+            for variant, context in _variants(model, ablations and checkpoint is next(iter(models.values()))):
                 label = f"{name}, {variant}" if variant else name
                 with context:
                     row = {"name": label, **_quality(model, text, is_base, progress, label)}

@@ -257,9 +257,9 @@ class Lolcats(Recipe):
 def _balance(attention: Any, q: Tensor, k: Tensor) -> None:
     """Start g where the two branches have the masses that softmax gives them.
 
-    Softmax puts exp(LSE_past) on the keys past the window and exp(LSE_window) on those in it; the hybrid puts φq·Σφk and
-    g·exp(LSE_window). They agree, in the mean over queries, at log g = log φq·Σφk − LSE_past. Where a head attends
-    to a far token with a large score (an attention sink), g is far below the paper's 0.1 and would take long to learn.
+    Softmax puts exp(LSE_past) on the keys past the window and exp(LSE_window) on those in it; the hybrid puts φq·Σφk
+    and g·exp(LSE_window). They agree, in the mean over queries, at log g = log φq·Σφk − LSE_past. Where a head attends
+    to a far token with a large score (an attention sink), g is far below the paper's 0.1, and slow to learn.
 
     Args:
         attention: a linearized attention layer.

@@ -151,7 +151,8 @@ def test_killed_it_says_how_to_go_on_and_goes_on(model, tmp_path, sign):
     out = tmp_path / "out"
     long = ["convert", str(model), "-r", "lolcats", "-o", str(out), *SMALL, "--set", "lora.steps=1"]
     long += ["--set", "transfer.steps=150"]
-    process = subprocess.Popen([*KIT, *long], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*KIT, *long], stderr=subprocess.PIPE, text=True, env=environment)
     work = tmp_path / ".out.kit-work"
     deadline = time.monotonic() + 120
     while not list(work.glob("*layer-0000.json")) and process.poll() is None and time.monotonic() < deadline:

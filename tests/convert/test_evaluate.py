@@ -1,0 +1,131 @@
+"""Figures against their definitions, worked out here with transformers and float64."""
+
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from kit.convert.checkpoint import open_checkpoint
+from kit.convert.data import sample_from_model
+from kit.convert.evaluate import evaluate
+from kit.convert.inspect import cache_bytes
+from kit.convert.report import markdown_table, table_cells
+
+
+@pytest.fixture(scope="module")
+def models_(tmp_path_factory):
+    """Two tiny models with one tokenizer: (base folder, other folder)."""
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path_factory.mktemp("m") / f"model{seed}"
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folder)
+        words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 64)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        ).save_pretrained(folder)
+        folders.append(folder)
+    return folders
+
+
+def log_probs(folder, rows):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().double()
+    with torch.no_grad():
+        return model(rows).logits.log_softmax(-1)
+
+
+def perplexity(log_p, rows):
+    return math.exp(-float(log_p[:, :-1].gather(-1, rows[:, 1:, None]).mean()))
+
+
+def test_perplexity_kl_and_top1_are_what_their_definitions_say(models_, tmp_path):
+    base, other = models_
+    text = tmp_path / "text.txt"
+    generator = torch.Generator().manual_seed(3)
+    words = torch.randint(4, 64, (70,), generator=generator)
+    text.write_text(" ".join(f"w{i}" for i in words.tolist()))
+    result = evaluate(
+        {"other": open_checkpoint(str(other))},
+        base=open_checkpoint(str(base)),
+        num_tokens=1024,
+        dataset=str(text),
+        seq_len=20,
+        seed=5,
+        speed=False,
+    )
+    rows = {row["name"]: row for row in result["rows"]}
+    checkpoint = open_checkpoint(str(base))
+    model = checkpoint.load_model(torch.float32, "cpu")
+    sampled = sample_from_model(model, checkpoint.load_tokenizer(), 2, 512, 5).input_ids
+    windows = words[:60].view(3, 20)
+    p, q = log_probs(base, sampled), log_probs(other, sampled)
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert rows["other"]["kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert rows["other"]["kl_stderr"] == pytest.approx(float(kl.mean(-1).std() / 2**0.5), rel=1e-3)
+    assert rows["other"]["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=2e-3)
+    assert rows["base"]["self_perplexity"] == pytest.approx(perplexity(p, sampled), rel=1e-4)
+    assert rows["other"]["self_perplexity"] == pytest.approx(perplexity(q, sampled), rel=1e-4)
+    for name, folder in (("base", base), ("other", other)):
+        want = perplexity(log_probs(folder, windows), windows)
+        assert rows[name]["perplexity"] == pytest.approx(want, rel=1e-4)
+    assert "kl" not in rows["base"]
+    assert result["settings"]["dataset_tokens"] == 60
+    assert result["settings"]["sampled_tokens"] == 1024
+
+
+def test_a_model_agrees_with_itself(models_):
+    base = open_checkpoint(str(models_[0]))
+    rows = evaluate({"same": base}, base=base, num_tokens=64, speed=True)["rows"]
+    assert rows[1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[1]["top1"] == 1
+    assert rows[1]["decode_tokens_per_second"] > 0
+    assert rows[1]["peak_memory_bytes"] > 0
+
+
+def test_tables_leave_out_what_nobody_measured():
+    rows = [{"name": "a", "perplexity": 3.14159, "perplexity_stderr": 0.1}, {"name": "b"}]
+    assert table_cells(rows) == (["model", "perplexity"], [["a", "3.14 ± 0.10"], ["b", ""]])
+    assert markdown_table(rows).splitlines()[1] == "| --- | --- |"
+
+
+@pytest.mark.parametrize(
+    ("extra", "want"),
+    [
+        ({}, {"per_token": 2 * 4 * 2 * 16 * 2, "constant": 0}),
+        ({"sliding_window": 9}, {"per_token": 0, "constant": 2 * 4 * 2 * 16 * 2 * 8}),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 9},
+            {"per_token": 2 * 2 * 2 * 16 * 2, "constant": 2 * 2 * 2 * 16 * 2 * 8},
+        ),
+    ],
+)
+def test_cache_bytes(extra, want):
+    config = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    assert cache_bytes(config | extra) == want
+
+
+def test_cache_bytes_of_a_linearized_model_are_those_of_its_cache():
+    import kit.modules  # noqa: F401
+    from kit.modules.modeling import KitLlamaConfig
+
+    config = KitLlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, sliding_window=8, layer_types=["hybrid_sliding"] * 2,
+        linear_attention={"feature_dim": 12, "feature_map_heads": "query"},
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    cache = model(torch.ones(1, 50, dtype=torch.long), use_cache=True).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes + layer.recurrent_states[0].nbytes for layer in cache.layers)
+    assert cache_bytes(config.to_dict()) == {"per_token": 0, "constant": real}
