@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,15 +166,11 @@ def convert(checkpoint: Checkpoint, recipes: list[Recipe], options: Options, pro
         KitError: on bad input, a full disk, a non-finite loss; with exit code 3 if verification fails. The old output
             and the committed steps are kept.
     """
-    import time
+    from kit.convert.report import build_report, write_report
 
     started = time.monotonic()
     items = plan(checkpoint, recipes, options)
     check_matches_config(checkpoint)
-    import torch
-
-    from kit.convert.report import build_report, write_report
-
     reset_peak_memory()
     run = _Conversion(checkpoint, recipes, options, progress)
     for number, recipe in enumerate(recipes):
@@ -193,7 +190,6 @@ def convert(checkpoint: Checkpoint, recipes: list[Recipe], options: Options, pro
     )
     if options.eval_tokens:
         report["evaluation"] = run.evaluate()
-    torch.manual_seed(0)
     write_report(run.work.output, report, recipes)
     put_in_place(run.work.output, options.output)
     run.work.remove()
@@ -333,7 +329,7 @@ class _Conversion:
                             self.view.lay_over(self.work.commit(key, self.changed(module, prefix), done))
                         inputs = inputs if last else layer.advance()
                 metrics.append(done)
-                self.progress.step(1, **done)
+                self.progress.step(1, **dict(list(done.items())[-1:]))
         self.stats[f"{recipe.name}.{stage.method}"] = metrics
 
     def allocate(self, step: str, recipe: Recipe, stage: Stage) -> None:

@@ -85,6 +85,8 @@ def prepare_stage(function: Callable) -> Callable:
 def layer_stage(function: Callable | None = None, *, propagate: Literal["original", "transformed"] = "transformed"):
     """Mark `method(self, layer: Layer) -> dict[str, float]`: one decoder layer resident, changed in place.
 
+    It returns metrics for the report; progress shows the last of them.
+
     Args:
         function: the method.
         propagate: what the next layer is fed: this layer's outputs after the change, or those of the original model.
