@@ -36,7 +36,7 @@ class PlainProgress(Progress):
 
     def log(self, message: str) -> None:
         """Print a line."""
-        self.console.print(message, highlight=False)
+        self.console.print(message, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[None]:
