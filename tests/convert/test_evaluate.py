@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from kit.convert.checkpoint import open_checkpoint
 from kit.convert.data import sample_from_model
@@ -15,29 +14,9 @@ from kit.convert.report import markdown_table, table_cells
 
 
 @pytest.fixture(scope="module")
-def models_(tmp_path_factory):
+def models_(make_model):
     """Two tiny models with one tokenizer: (base folder, other folder)."""
-    folders = []
-    for seed in (0, 1):
-        folder = tmp_path_factory.mktemp("m") / f"model{seed}"
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        model = AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(folder)
-        words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, 64)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        ).save_pretrained(folder)
-        folders.append(folder)
-    return folders
+    return make_model(seed=0), make_model(seed=1)
 
 
 def log_probs(folder, rows):
