@@ -168,9 +168,11 @@ def evaluate(
     from kit.convert.evaluate import evaluate as run
     from kit.convert.pipeline import resolve_device
 
-    opened = {name: open_checkpoint(name, trust_remote_code=trust_remote_code) for name in models}
+    short = [_short(name) for name in models]
+    names = short if len(set(short)) == len(short) else models
+    opened = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
     result = run(
-        {_short(name): checkpoint for name, checkpoint in opened.items()},
+        dict(zip(names, opened, strict=True)),
         base=open_checkpoint(base, trust_remote_code=trust_remote_code) if base else None,
         num_tokens=num_tokens,
         dataset=dataset,

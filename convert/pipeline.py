@@ -92,6 +92,13 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
             next_step="choose another -o, or add --overwrite",
             exit_code=ExitCode.USAGE,
         )
+    if _is_something_else(options.output):
+        raise KitError(
+            "the output folder holds something that is no checkpoint, and would be deleted",
+            where=str(options.output),
+            next_step="choose another -o",
+            exit_code=ExitCode.USAGE,
+        )
     if options.output.resolve() == checkpoint.folder.resolve():
         raise KitError(
             "the output folder is the model itself",
@@ -141,6 +148,11 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
             next_step="free some space, or choose another -o",
         )
     return items
+
+
+def _is_something_else(output: Path) -> bool:
+    """Whether a file, or a folder that holds anything but a model, stands where the output should go."""
+    return output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "config.json").exists())
 
 
 def _has_train_stage(recipes: list[Recipe]) -> bool:

@@ -31,6 +31,10 @@ class TensorView:
     def __contains__(self, name: str) -> bool:
         return name in self.pending or name in self._overlay or name in self._checkpoint.tensors
 
+    def is_new(self, name: str) -> bool:
+        """Whether a recipe has added the tensor; such ones keep their dtype (fp32), so that training does not round."""
+        return name in self and name not in self._checkpoint.tensors
+
     def read(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
         """Return the newest version of a tensor.
 
@@ -208,20 +212,21 @@ class StreamedModel:
         return resident
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module its tensors; parameters that the checkpoint lacks are initialised, in fp32."""
         names = [name for name in module.state_dict() if prefix + name in self.view]
-        module.load_state_dict({name: self._read(prefix + name) for name in names}, strict=False, assign=True)
-        tied = set(getattr(module, "all_tied_weights_keys", None) or ())
+        known = {*names, *(getattr(module, "all_tied_weights_keys", None) or ())}
         for path, part in module.named_modules():
-            own = {f"{path}.{name}".lstrip(".") for name, p in part.named_parameters(recurse=False) if p.is_meta}
-            if own - tied:  # new in this architecture: fp32, so that training does not round
+            own = {f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False)}
+            if own - known:
                 part.to_empty(device=self.device, recurse=False).float()
                 self.model._init_weights(part)
+        module.load_state_dict({name: self._read(prefix + name) for name in names}, strict=False, assign=True)
         module.requires_grad_(False)
 
     def _read(self, name: str) -> Tensor:
         if self.round_to is not None:
             return self.view.read(name, dtype=self.round_to).to(device=self.device, dtype=self.dtype)
-        return self.view.read(name, dtype=self.dtype, device=self.device)
+        return self.view.read(name, dtype=None if self.view.is_new(name) else self.dtype, device=self.device)
 
 
 @torch.no_grad()

@@ -99,16 +99,17 @@ def hybrid_attention(
     _check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids)
     num_queries, num_keys = q.shape[2], k.shape[2]
     blocks = _one_block if num_queries <= window_size else _window_blocks
-    layout = blocks(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids)
-    out = _attend(layout, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight)
-    out = out[:, :, :num_queries].to(v.dtype)
-    if not return_state:
-        return out, None
-    leaving = max(num_keys - (window_size - 1), 0)
-    gone = linear_state(
-        k[:, :, :leaving], v[:, :, :leaving], feature_map_k, None if key_mask is None else key_mask[:, :leaving]
-    )
-    return out, gone if state is None else state + gone
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the products below to bf16
+        layout = blocks(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids)
+        out = _attend(layout, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight)
+        out = out[:, :, :num_queries].to(v.dtype)
+        if not return_state:
+            return out, None
+        leaving = max(num_keys - (window_size - 1), 0)
+        gone = linear_state(
+            k[:, :, :leaving], v[:, :, :leaving], feature_map_k, None if key_mask is None else key_mask[:, :leaving]
+        )
+        return out, gone if state is None else state + gone
 
 
 class _Blocks(NamedTuple):

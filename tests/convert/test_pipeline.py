@@ -294,7 +294,7 @@ def test_layers_see_the_outputs_of_transformed_layers(llama, tmp_path, toy):
 def test_killed_anywhere_the_old_output_is_intact_and_resume_finishes(llama, tmp_path, toy, monkeypatch, at):
     output = tmp_path / "out"
     output.mkdir()
-    (output / "precious").write_text("old")
+    (output / "config.json").write_text("old")
     Toy.kill_at = at
 
     def killed(*args, **kwargs):
@@ -306,8 +306,9 @@ def test_killed_anywhere_the_old_output_is_intact_and_resume_finishes(llama, tmp
         monkeypatch.setattr("kit.convert.report.write_report", killed)
     with pytest.raises(KeyboardInterrupt):
         run(llama, output, toy(), overwrite=True)
-    assert [p.name for p in output.iterdir()] == ["precious"]
-    assert not [p for p in tmp_path.rglob("config.json") if not str(p).startswith(str(tmp_path / ".out.kit-work"))]
+    assert [(p.name, p.read_text()) for p in output.iterdir()] == [("config.json", "old")]
+    finished = [p for p in tmp_path.rglob("config.json") if ".out.kit-work" not in p.parts]
+    assert finished == [output / "config.json"]
     monkeypatch.undo()
     Toy.kill_at, Toy.calls = None, []
     run(llama, output, toy(), overwrite=True, resume=True)
@@ -409,8 +410,11 @@ def test_what_fails_before_any_weight_is_read(llama, make_model, tmp_path, monke
     checkpoint = open_checkpoint(str(llama))
     monkeypatch.setattr(type(checkpoint), "read", lambda *a, **k: pytest.fail("a weight was read"))
     (tmp_path / "there").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("years of work")
     cases = {
         "exists already": (checkpoint, lolcats(), Options(tmp_path / "there")),
+        "is no checkpoint": (checkpoint, lolcats(), Options(tmp_path / "notes", overwrite=True)),
         "is the model itself": (checkpoint, lolcats(), Options(llama, overwrite=True)),
         "cannot write weights as int3": (checkpoint, lolcats(), Options(tmp_path / "o", dtype="int3")),
         "never leave a window": (checkpoint, lolcats("window_size=64"), Options(tmp_path / "o")),

@@ -159,6 +159,15 @@ def test_bf16_inputs_keep_fp32_accuracy():
     torch.testing.assert_close(out.double(), quadratic(x), atol=2e-2, rtol=1e-2)
 
 
+def test_autocast_does_not_round():
+    x = make(length=40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, state = run(x, return_state=True)
+    want = run(x, return_state=True)
+    assert torch.equal(out, want[0])
+    assert torch.equal(state, want[1])
+
+
 def test_feature_map_is_two_softmaxes():
     x, weight = torch.randn(B, 3, 5, D), torch.randn(3, D, HALF)
     phi = hedgehog_feature_map(x, weight)
