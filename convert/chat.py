@@ -30,9 +30,7 @@ def chat(
     from transformers import TextStreamer
 
     tokenizer = checkpoint.load_tokenizer(trust_remote_code)
-    model = checkpoint.load_model(
-        getattr(torch, checkpoint.dtype if dtype == "auto" else dtype), device, trust_remote_code
-    )
+    model = checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []

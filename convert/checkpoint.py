@@ -154,6 +154,20 @@ class Checkpoint:
         advice = "put the model's tokenizer files (tokenizer.json, tokenizer_config.json) into the folder"
         return self._load("AutoTokenizer", "tokenizer", advice, trust_remote_code)
 
+    def compute_dtype(self, dtype: torch.dtype | str) -> torch.dtype:
+        """Turn a dtype, its name, or "auto" (the weights' own) into a torch dtype.
+
+        Raises:
+            KitError: exit code 2, if it is no floating-point dtype.
+        """
+        import torch
+
+        chosen = getattr(torch, self.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), None)
+        if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+            advice = "use auto, bfloat16, float16 or float32"
+            raise KitError(f"'{dtype}' is no dtype", where="dtype", next_step=advice, exit_code=ExitCode.USAGE)
+        return chosen
+
     def load_model(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
         """Load the whole model for inference; every tensor must find its place.
 
@@ -207,15 +221,8 @@ def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", t
     Raises:
         KitError: if it cannot be found or loaded whole.
     """
-    import torch
-
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
-    name = checkpoint.dtype if dtype == "auto" else str(dtype).removeprefix("torch.")
-    chosen = getattr(torch, name, None)
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-        advice = "use auto, bfloat16, float16 or float32"
-        raise KitError(f"'{dtype}' is no dtype", where="dtype", next_step=advice, exit_code=ExitCode.USAGE)
-    return checkpoint.load_model(chosen, device, trust_remote_code)
+    return checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code)
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:

@@ -88,8 +88,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="kit-eval-") as scratch:
         for name, checkpoint, is_base in todo:
             reset_peak_memory()
-            chosen = getattr(torch, checkpoint.dtype if dtype == "auto" else dtype)
-            model = checkpoint.load_model(chosen, device, trust_remote_code)
+            model = checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code)
             if text.sampled is None and num_tokens:
                 length = min(ROW_LENGTH, num_tokens)
                 sampled = sample_from_model(model, tokenizer, max(num_tokens // length, 1), length, seed)

@@ -105,6 +105,8 @@ def test_recipes_ls_show_cp_and_edit(model, tmp_path):
         (["convert", "MODEL", "-r", "lolcats", "-o", "o", "--dtype", "int3"], 2, "int3", "bfloat16"),
         (["convert", "MODEL", "-r", "lolcats", "-o", "o", "--dataset", "no.jsonl", *SHORT], 1, "no.jsonl", ""),
         (["convert", "MODEL", "-r", "lolcats", "-o", "o", "--device", "cuda:0"], 2, "cuda:0", "--device cpu"),
+        (["eval", "MODEL", "--dtype", "int3", "--num-tokens", "0"], 2, "int3", "bfloat16"),
+        (["chat", "MODEL", "--dtype", "int3", "--prompt", "w5"], 2, "int3", "bfloat16"),
         (["eval", "./nothing"], 1, "nothing", ""),
         (["eval", "MODEL", "--dataset", "no.txt"], 1, "no.txt", ""),
         (["recipes", "show", "lolcat"], 2, "lolcat", "did you mean 'lolcats'"),
