@@ -36,6 +36,8 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show and copy recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
+SCHEMES = {"w4afp8": "fireq", "w4a16": "w4a16", "fp8": "fp8", "rtn": "rtn"}  # and their presets
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, hub id, or smollm2.", show_default=False)
 ]
@@ -96,14 +98,148 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Convert a model with a recipe and write a new checkpoint."""
+    data = {"data.dataset": dataset, "data.num_samples": num_samples, "data.seq_len": seq_len, "seed": seed}
+    _run_recipe(
+        model,
+        recipe,
+        [*_settings(data), *(set_ or [])],
+        batch_size=batch_size,
+        output=output,
+        dtype=dtype,
+        device=device,
+        eval_tokens=eval_tokens,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        push_to_hub=push_to_hub,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        json_=json_,
+        quiet=quiet,
+        verbose=verbose,
+    )
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    int4_fp8: Annotated[
+        bool, typer.Option("--int4-fp8", help="INT4 weights, FP8 activations, INT4 cache; the same as --scheme w4afp8.")
+    ] = False,
+    scheme: Annotated[
+        str, typer.Option(help=f"{', '.join(SCHEMES)}; rtn is w4afp8 by plain rounding, the baseline.")
+    ] = "w4afp8",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale; else 128 or 64, as it divides.", show_default=False)
+    ] = None,
+    bits_budget: Annotated[
+        float | None,
+        typer.Option(help="Bits a weight on average; more than INT4 buys FP8 linears.", show_default=False),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Linears to leave alone: a name, or re:PATTERN; repeatable.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="any, transformers or vllm: an engine that must take the result.")
+    ] = "any",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    dataset: Dataset = None,
+    num_samples: Annotated[int | None, typer.Option(help="Rows of data.", show_default=False)] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a row.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(show_default=False, help="Seed of data and rotations.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of what stays unquantized: auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    eval_tokens: Annotated[int, typer.Option(help="Held-out tokens of the before/after table; 0: none.")] = 4096,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed quantization.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result, privately.", show_default=False)
+    ] = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Quantize a model; a front for `kit convert --recipe fireq`."""
+    from kit.convert.errors import ExitCode, KitError, closest
+
+    if scheme.lower() not in SCHEMES or (int4_fp8 and scheme.lower() not in ("w4afp8", "rtn")):
+        advice = "--int4-fp8 goes with w4afp8 and rtn" if int4_fp8 else f"{closest(scheme, SCHEMES)}choose one of: "
+        raise KitError(
+            f"'{scheme}' is no scheme" if scheme.lower() not in SCHEMES else f"--int4-fp8 is not scheme {scheme}",
+            where="--scheme",
+            next_step=advice if int4_fp8 else advice + ", ".join(SCHEMES),
+            exit_code=ExitCode.USAGE,
+        )
+    settings = {
+        "group_size": group_size,
+        "bits_budget": bits_budget,
+        "target": None if target == "any" else target,
+        "data.dataset": dataset,
+        "data.num_samples": num_samples,
+        "data.seq_len": seq_len,
+        "seed": seed,
+        "ignore": f"[{', '.join(map(repr, ignore))}]" if ignore else None,
+    }
+    _run_recipe(
+        model,
+        SCHEMES[scheme.lower()],
+        [*_settings(settings), *(set_ or [])],
+        output=output,
+        dtype=dtype,
+        device=device,
+        eval_tokens=eval_tokens,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        push_to_hub=push_to_hub,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        json_=json_,
+        quiet=quiet,
+        verbose=verbose,
+    )
+
+
+def _settings(values: dict[str, Any]) -> list[str]:
+    """key=value of the options that were given."""
+    return [f"{key}={value}" for key, value in values.items() if value is not None]
+
+
+def _run_recipe(
+    model: str,
+    recipe: str,
+    overrides: list[str],
+    *,
+    output: Path,
+    dtype: str,
+    device: str,
+    eval_tokens: int,
+    max_shard_size: str,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    push_to_hub: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+    json_: bool,
+    quiet: bool,
+    verbose: bool,
+    batch_size: int | None = None,
+) -> None:
+    """Plan, convert, print: what `convert` and its fronts share."""
     from kit.convert.checkpoint import open_checkpoint
     from kit.convert.pipeline import Options, parse_size, plan
     from kit.convert.pipeline import convert as run
     from kit.recipes import load_recipes
 
     _libraries(verbose)
-    data = {"data.dataset": dataset, "data.num_samples": num_samples, "data.seq_len": seq_len, "seed": seed}
-    overrides = [*(f"{key}={value}" for key, value in data.items() if value is not None), *(set_ or [])]
     recipes = load_recipes(recipe, overrides)
     if batch_size is not None:
         for each in recipes:
@@ -380,7 +516,7 @@ def _fail(error: BaseException) -> None:
 
 def _interrupted() -> None:
     command = _command_line()
-    if " convert " in f" {command} " and "--resume" not in command:
+    if any(f" {name} " in f" {command} " for name in ("convert", "quantize")) and "--resume" not in command:
         command += " --resume"
     print(f"interrupted: finished steps are kept\n  where: {Path.cwd()}\n  next:  {command}", file=sys.stderr)
     sys.exit(130)

@@ -176,15 +176,22 @@ class Checkpoint:
         Raises:
             KitError: on missing, unexpected or mismatched keys, or files that cannot be read.
         """
+        options: dict[str, Any] = {}
+        if ours := _quantization_of_ours(self.config):
+            options["config"] = self.load_config(trust_remote_code)
+            options["config"].quantization_config = ours
         model, info = self._load(
             "AutoModelForCausalLM",
             "model",
             "check that config.json and the weights belong together",
             trust_remote_code,
+            **options,
             dtype=dtype,
             output_loading_info=True,
             weights_only=True,
         )
+        beside = _load_sidecar(self.folder, model) if ours else set()
+        info["missing_keys"] = set(info.get("missing_keys") or ()) - beside
         problems = [
             f"{kind.removesuffix('_keys')} {key}"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -207,6 +214,37 @@ class Checkpoint:
         except Exception as error:
             problem = f"the {what} cannot be loaded: {_first_line(error)}"
             raise KitError(problem, where=str(self.folder), next_step=advice) from error
+
+
+def _quantization_of_ours(config: dict[str, Any]) -> dict[str, Any] | None:
+    """A compressed-tensors config, so that our modules run it: packed weights stay packed, and so does the cache.
+
+    None if the model is not quantized, or in a way that only the compressed-tensors library computes.
+    """
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "compressed-tensors":
+        return None
+    from kit.modules.quantized import METHOD, check_scheme
+
+    try:
+        for group in quantization["config_groups"].values():
+            check_scheme(group)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return {**quantization, "quant_method": METHOD}
+
+
+def _load_sidecar(folder: Path, model: Any) -> set[str]:
+    """Load what stands beside a standard checkpoint's weights for our modules; return the names."""
+    from kit.modules.quantized import SIDECAR
+
+    if not (folder / SIDECAR).exists():
+        return set()
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / SIDECAR)
+    model.load_state_dict(tensors, strict=False)
+    return tensors.keys() & model.state_dict().keys()
 
 
 def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> Any:

@@ -63,7 +63,7 @@ def evaluate(
         seed: seed of the sampled text; use another one than for calibration.
         dtype: compute dtype; "auto" is the checkpoint's.
         device: where to run.
-        ablations: also measure the first model with a branch of its attention taken away.
+        ablations: also measure the first model with parts of what it does taken away.
         speed: also time prefill and decode.
         trust_remote_code: allow a checkpoint's own code to run.
         progress: shows what is measured.
@@ -124,12 +124,15 @@ def evaluate(
 
 
 def _variants(model: Any, ablations: bool) -> Iterator[tuple[str, AbstractContextManager]]:
-    from kit.modules.linear_attention import ABLATIONS, branch_weights
+    from kit.modules import linear_attention, quantized
 
     yield "", nullcontext()
     if ablations and getattr(model.config, "linear_attention", None):
-        for name, weights in ABLATIONS.items():
-            yield name, branch_weights(model, *weights)
+        for name, weights in linear_attention.ABLATIONS.items():
+            yield name, linear_attention.branch_weights(model, *weights)
+    if ablations and any(isinstance(module, quantized.QuantizedLinear) for module in model.modules()):
+        for name, parts in quantized.ABLATIONS.items():
+            yield name, quantized.switched_off(model, parts)
 
 
 def _scratch_tensor(path: Path, tokens: int, vocabulary: int) -> Tensor:

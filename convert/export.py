@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import ExitCode, KitError
-from kit.convert.streaming import TensorView
+from kit.convert.streaming import COMPUTE_DTYPES, TensorView
 from kit.convert.work import disk_errors
 from kit.modules.bundler import flat_name, write_code
+from kit.modules.quantized import SIDECAR, SIDECAR_MARK
 
 
 def auto_map(config: dict[str, Any], entry: str) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def write_checkpoint(
     """
     with disk_errors(folder):
         folder.mkdir(parents=True)
-        _write_tensors(folder, view, skeleton, dtype, max_shard_size)
+        standard = (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
+        _write_tensors(folder, view, skeleton, dtype, max_shard_size, standard)
         for file in source.side_files():
             target = folder / file.relative_to(source.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,11 +71,19 @@ def write_checkpoint(
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_tensors(folder: Path, view: TensorView, skeleton: Any, dtype: torch.dtype, max_shard_size: int) -> None:
+def _write_tensors(
+    folder: Path, view: TensorView, skeleton: Any, dtype: torch.dtype, max_shard_size: int, standard: bool
+) -> None:
+    """Write shards and index; where other readers must find a standard's tensors only, ours go into SIDECAR."""
     from safetensors.torch import save_file
 
     tied = set(skeleton.all_tied_weights_keys)
     expected = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
+    if standard:
+        beside = {name: _read(view, name, dtype) for name in expected if SIDECAR_MARK in name}
+        expected = {name: tensor for name, tensor in expected.items() if name not in beside}
+        if beside:
+            save_file(beside, folder / SIDECAR, metadata={"format": "pt"})
     shards: list[dict[str, int]] = []
     shard: dict[str, Tensor] = {}
 
@@ -83,7 +93,7 @@ def _write_tensors(folder: Path, view: TensorView, skeleton: Any, dtype: torch.d
         shard.clear()
 
     for name, like in expected.items():
-        tensor = view.read(name, dtype=dtype if like.is_floating_point() else None).contiguous()
+        tensor = _read(view, name, dtype)
         if tensor.shape != like.shape:
             raise KitError(
                 f"tensor '{name}' has shape {tuple(tensor.shape)}, its module expects {tuple(like.shape)}",
@@ -105,6 +115,12 @@ def _write_tensors(folder: Path, view: TensorView, skeleton: Any, dtype: torch.d
     total = sum(sum(sizes.values()) for sizes in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _read(view: TensorView, name: str, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is written: floating-point numbers in `dtype`, integers and FP8 as they are."""
+    tensor = view.read(name)
+    return (tensor.to(dtype) if tensor.dtype in COMPUTE_DTYPES else tensor).contiguous()
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from kit.convert.data import TokenRows
-    from kit.convert.streaming import StreamedModel, TensorView
+    from kit.convert.streaming import Activations, StreamedModel, TensorView
 
 PROBE_TOKENS = 96
 
@@ -126,7 +126,8 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
         items.append(PlanItem("stages", ", ".join(f"{s.method} ({s.kind})" for s in recipe.active_stages()) or "none"))
         added += recipe.new_parameters(facts)
     total = checkpoint.num_parameters + added
-    size = total * bytes_each[dtype]
+    sizes = [size for recipe in recipes if (size := recipe.result_bytes(facts)) is not None]
+    size = sizes[-1] if sizes else total * bytes_each[dtype]
     needed = int(size + 4 * added + (4 if _has_train_stage(recipes) else 0) * checkpoint.num_parameters)
     parent = next(p for p in [options.output.absolute(), *options.output.absolute().parents] if p.exists())
     free = shutil.disk_usage(parent).free
@@ -221,6 +222,7 @@ class _Conversion:
         self.compute_dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self.out_dtype: torch.dtype = getattr(torch, output_dtype(checkpoint, options))
         self.config, self.view = checkpoint.config, TensorView(checkpoint)
+        self.shapes = ModelFacts.of(checkpoint).shapes
         self.stats: dict[str, list[dict[str, Any]]] = {}
         self.data_summaries: list[dict[str, Any]] = []
         self._tokenizer: Any = None
@@ -241,23 +243,27 @@ class _Conversion:
     def apply(self, number: int, recipe: Recipe) -> None:
         """Run one recipe's stages; its result is the next one's source."""
         before, before_view = self.config, self.view.snapshot()
-        self.initialise(f"{number}-new-parameters", recipe)
+        if not recipe.replaces_modules:
+            self.initialise(f"{number}-new-parameters", recipe)
         rows: TokenRows | None = None
         for stage in recipe.active_stages():
             step = f"{number}-{stage.method}"
-            if stage.kind in ("layer", "train") and rows is None:
+            if stage.kind in ("layer", "train") and rows is None and recipe.needs_data():
                 rows = self.rows(number, recipe)
             if stage.kind == "prepare":
                 self.prepare(step, recipe, stage)
             elif stage.kind == "layer":
-                assert rows is not None
                 self.stream_layers(step, recipe, stage, rows, before, before_view)
             elif stage.kind == "allocate":
                 self.allocate(step, recipe, stage)
             else:
                 assert rows is not None
                 self.train(step, recipe, stage, rows)
-        self.config = recipe.build(before)
+        self.config = recipe.build(self.facts(before))
+
+    def facts(self, config: dict[str, Any]) -> ModelFacts:
+        """What a recipe may know of the model in this state of its config."""
+        return ModelFacts(config, self.shapes)
 
     def rows(self, number: int, recipe: Recipe) -> TokenRows:
         """Calibration rows of a recipe, committed so that a resumed run sees the same text."""
@@ -284,10 +290,12 @@ class _Conversion:
         torch.manual_seed(config.seed)
         return rows
 
-    def streamed(self, config: dict[str, Any], view: TensorView) -> StreamedModel:
+    def streamed(self, config: dict[str, Any], view: TensorView, float32: bool = False) -> StreamedModel:
+        import torch
+
         from kit.convert.streaming import StreamedModel
 
-        return StreamedModel(config, view, device=self.device, dtype=self.compute_dtype)
+        return StreamedModel(config, view, device=self.device, dtype=torch.float32 if float32 else self.compute_dtype)
 
     def initialise(self, step: str, recipe: Recipe) -> None:
         """Commit the starting values of parameters that the recipe's modules have and the model has not."""
@@ -295,7 +303,7 @@ class _Conversion:
 
         if self.work.metrics(step) is None:
             torch.manual_seed(recipe.config.seed)
-            model = self.streamed(recipe.build(self.config), self.view)
+            model = self.streamed(recipe.build(self.facts(self.config)), self.view)
             new: dict[str, torch.Tensor] = {}
             for index in range(len(model)):
                 prefix = model.layer_prefix(index)
@@ -317,10 +325,21 @@ class _Conversion:
         self.view.lay_over(self.work.tensors(step))
 
     def stream_layers(
-        self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, before: dict[str, Any], before_view: TensorView
+        self,
+        step: str,
+        recipe: Recipe,
+        stage: Stage,
+        rows: TokenRows | None,
+        before: dict[str, Any],
+        before_view: TensorView,
     ) -> None:
         """Run a layer stage: one layer resident (and its original, where that feeds the next)."""
-        model = self.streamed(recipe.build(before), self.view)
+        if recipe.replaces_modules:
+            self.replace_layers(step, recipe, stage, rows, before)
+            return
+        assert rows is not None
+        facts = self.facts(before)
+        model = self.streamed(recipe.build(facts), self.view)
         original = self.streamed(before, before_view) if stage.propagate == "original" else None
         feeder = original or model
         inputs = feeder.embed(rows.input_ids, rows.position_ids)
@@ -334,7 +353,7 @@ class _Conversion:
                 last = index == len(model) - 1
                 if not (done and last):
                     with model.layer(index) as module, original.layer(index) if original else nullcontext() as base:
-                        layer = Layer(index, module, base, inputs, model, original, self.device, self.progress)
+                        layer = Layer(index, module, base, inputs, model, original, self.device, self.progress, facts)
                         if done is None:
                             done = getattr(recipe, stage.method)(layer)
                             prefix = model.layer_prefix(index)
@@ -344,10 +363,51 @@ class _Conversion:
                 self.progress.step(1, **dict(list(done.items())[-1:]))
         self.stats[f"{recipe.name}.{stage.method}"] = metrics
 
+    def replace_layers(
+        self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows | None, before: dict[str, Any]
+    ) -> None:
+        """Run a layer stage that leaves other modules behind: what was committed is loaded, and feeds the next layer.
+
+        A stage that propagates "original" changes nothing: it measures.
+        """
+        float32, facts = recipe.float32, self.facts(before)
+        model, feeder = self.streamed(before, self.view, float32), None
+        if stage.propagate != "original":
+            feeder = self.streamed(recipe.build(facts), self.view, float32)
+        inputs = model.embed(rows.input_ids, rows.position_ids) if rows is not None else None
+        originals = inputs if stage.propagate == "both" else None
+        metrics: list[dict[str, Any]] = []
+        with self.progress.task(f"{recipe.name}: {stage.method}, layers", len(model)):
+            for index in range(len(model)):
+                key = f"{step}-layer-{index:04d}"
+                after: Activations | None = None
+                if (done := self.work.metrics(key)) is None:
+                    with model.layer(index) as module:
+                        layer = Layer(index, module, None, inputs, model, None, self.device, self.progress, facts)
+                        layer.original_inputs = originals
+                        done = getattr(recipe, stage.method)(layer)
+                        changed = self.changed(module, model.layer_prefix(index)) if feeder else {}
+                        self.work.commit(key, changed, done)
+                        after = layer.original_outputs
+                if originals is not None and index < len(model) - 1:
+                    originals = after or self.advance_original(model, index, originals)
+                self.view.lay_over(self.work.tensors(key))
+                if inputs is not None and index < len(model) - 1:
+                    with (feeder or model).layer(index):
+                        inputs = (feeder or model).advance(inputs)
+                metrics.append(done)
+                self.progress.step(1, **dict(list(done.items())[-1:]))
+        self.stats[f"{recipe.name}.{stage.method}"] = metrics
+
+    def advance_original(self, model: StreamedModel, index: int, inputs: Activations) -> Activations:
+        """What leaves a layer as the view has it now."""
+        with model.layer(index):
+            return model.advance(inputs)
+
     def allocate(self, step: str, recipe: Recipe, stage: Stage) -> None:
         done = self.work.metrics(step)
         if done is None:
-            done = getattr(recipe, stage.method)(self.stats)
+            done = getattr(recipe, stage.method)(self.stats, self.facts(self.config))
             self.work.commit(step, {}, done)
         recipe.allocation |= done
 
@@ -355,7 +415,7 @@ class _Conversion:
         """Run a train stage: the whole converted model resident."""
         done = self.work.metrics(step)
         if done is None:
-            model = self.streamed(recipe.build(self.config), self.view).resident()
+            model = self.streamed(recipe.build(self.facts(self.config)), self.view).resident()
             done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress))
             self.work.commit(step, self.changed(model, ""), done)
             del model

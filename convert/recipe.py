@@ -66,7 +66,7 @@ class Stage:
 
     kind: StageKind
     method: str
-    propagate: Literal["original", "transformed"] = "transformed"
+    propagate: Literal["original", "transformed", "both"] = "transformed"
 
 
 def _mark(kind: StageKind, **options: Any) -> Callable:
@@ -82,21 +82,26 @@ def prepare_stage(function: Callable) -> Callable:
     return _mark("prepare")(function)
 
 
-def layer_stage(function: Callable | None = None, *, propagate: Literal["original", "transformed"] = "transformed"):
+def layer_stage(
+    function: Callable | None = None, *, propagate: Literal["original", "transformed", "both"] = "transformed"
+):
     """Mark `method(self, layer: Layer) -> dict[str, float]`: one decoder layer resident, changed in place.
 
     It returns metrics for the report; progress shows the last of them.
 
     Args:
         function: the method.
-        propagate: what the next layer is fed: this layer's outputs after the change, or those of the original model.
+        propagate: what the next layer is fed: this layer's outputs after the change, or those of the original model;
+            "both" (recipes that replace modules) also hands over the original stream as `layer.original_inputs`.
     """
     decorate = _mark("layer", propagate=propagate)
     return decorate if function is None else decorate(function)
 
 
 def allocate_stage(function: Callable) -> Callable:
-    """Mark `method(self, stats: dict[str, list[dict]]) -> dict`: a global choice from the layer stages' metrics."""
+    """Mark `method(self, stats: dict[str, list[dict]], model: ModelFacts) -> dict`: a choice from the layers'
+    metrics.
+    """
     return _mark("allocate")(function)
 
 
@@ -143,26 +148,33 @@ class Layer:
         index: which layer.
         module: the layer as the converted model has it, weights loaded; change it in place.
         original: the same layer of the model before this recipe, or None unless the stage propagates "original".
-        inputs: hidden states that enter the layer, (N, T, hidden), with positions.
+        inputs: hidden states that enter the layer, (N, T, hidden), with positions; None if the recipe needs no data.
         model: runs the layer on a batch: `model.forward(hidden, position_ids)`.
         original_model: the same for `original`.
         device: where the layer lives.
         progress: report steps and losses here.
+        facts: the whole model's config and shapes before this recipe.
+        original_inputs: what enters the layer in the model before this recipe (stages that propagate "both").
+        original_outputs: set it to what leaves the untouched layer for those, if the stage ran it anyway.
     """
 
     index: int
     module: Any
     original: Any
-    inputs: Activations
+    inputs: Activations | None
     model: StreamedModel
     original_model: StreamedModel | None
     device: str
     progress: Progress
+    facts: ModelFacts
+    original_inputs: Activations | None = None
+    original_outputs: Activations | None = None
     outputs: Activations | None = None
 
     def advance(self) -> Activations:
         """Run all inputs through the layer that feeds the next one (once; the pipeline takes the same result)."""
         if self.outputs is None:
+            assert self.inputs is not None
             self.outputs = (self.original_model or self.model).advance(self.inputs)
         return self.outputs
 
@@ -192,7 +204,11 @@ class Recipe(ABC):
     paper: ClassVar[str] = ""
     config_class: ClassVar[type[RecipeConfig]]
     families: ClassVar[tuple[str, ...]] = ()
-    bundle_entry: ClassVar[str | None] = None  # module whose code travels with the checkpoint
+    bundle_entry: str | None = None  # module whose code travels with the checkpoint
+    float32: ClassVar[bool] = False  # layer stages compute in float32 on a GPU too
+    replaces_modules: ClassVar[bool] = (
+        False  # layer stages get the layer as it was and leave the result's modules in it
+    )
 
     def __init__(self, config: RecipeConfig) -> None:
         self.config = config
@@ -236,9 +252,17 @@ class Recipe(ABC):
             )
         return []
 
-    def build(self, config: dict[str, Any]) -> dict[str, Any]:
+    def build(self, model: ModelFacts) -> dict[str, Any]:
         """Return the config.json of the result, from which its modules are rebuilt (with `allocation`)."""
-        return config
+        return model.config
+
+    def needs_data(self) -> bool:
+        """Whether the stages look at text; without it layer stages have no `inputs` and train stages cannot run."""
+        return True
+
+    def result_bytes(self, model: ModelFacts) -> int | None:
+        """Bytes of the written tensors, where the dtype does not say; None: every parameter takes the dtype's."""
+        return None
 
     def new_parameters(self, model: ModelFacts) -> int:
         """How many parameters the recipe adds, for size estimates."""

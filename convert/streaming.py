@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import KitError
 
+COMPUTE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class TensorView:
     """A checkpoint's tensors with newer ones laid over them, all read from disk when asked for."""
@@ -102,6 +104,7 @@ def build_skeleton(config: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     import kit.modules  # noqa: F401  (registers our architectures)
+    from kit.modules.quantized import quantize_modules
 
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -110,9 +113,13 @@ def build_skeleton(config: dict[str, Any]) -> Any:
             where="config.json: model_type",
             next_step="upgrade transformers, or check config.json",
         )
-    values = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
+    apart = ("model_type", "auto_map", "quantization_config")
+    values = {name: value for name, value in config.items() if name not in apart}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(values)).eval()
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(values)).eval()
+    if "quantization_config" in config:
+        quantize_modules(model, config["quantization_config"])
+    return model
 
 
 class StreamedModel:
@@ -224,9 +231,12 @@ class StreamedModel:
         module.requires_grad_(False)
 
     def _read(self, name: str) -> Tensor:
+        stored = self.view.read(name)
+        if stored.dtype not in COMPUTE_DTYPES:  # packed integers, FP8
+            return stored.to(self.device)
         if self.round_to is not None:
-            return self.view.read(name, dtype=self.round_to).to(device=self.device, dtype=self.dtype)
-        return self.view.read(name, dtype=None if self.view.is_new(name) else self.dtype, device=self.device)
+            return stored.to(self.round_to).to(device=self.device, dtype=self.dtype)
+        return stored.to(device=self.device, dtype=None if self.view.is_new(name) else self.dtype)
 
 
 @torch.no_grad()

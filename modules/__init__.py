@@ -2,13 +2,14 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kit.modules import modeling
+from kit.modules import modeling, quantized
 from kit.modules.bundler import write_code
 
 modeling.LinearizedPreTrained.write_code = staticmethod(lambda folder: write_code(folder, modeling.__name__))
 
-for _family, _prefix in modeling.FAMILIES.items():
-    _config = getattr(modeling, f"Kit{_prefix}Config")
-    AutoConfig.register(f"kit_{_family}", _config, exist_ok=True)
-    AutoModel.register(_config, getattr(modeling, f"Kit{_prefix}Model"), exist_ok=True)
-    AutoModelForCausalLM.register(_config, getattr(modeling, f"Kit{_prefix}ForCausalLM"), exist_ok=True)
+for _module, _name in ((modeling, "Kit"), (quantized, "KitQuantized")):
+    for _prefix in _module.FAMILIES.values():
+        _config = getattr(_module, f"{_name}{_prefix}Config")
+        AutoConfig.register(_config.model_type, _config, exist_ok=True)
+        AutoModel.register(_config, getattr(_module, f"{_name}{_prefix}Model"), exist_ok=True)
+        AutoModelForCausalLM.register(_config, getattr(_module, f"{_name}{_prefix}ForCausalLM"), exist_ok=True)

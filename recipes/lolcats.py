@@ -112,7 +112,7 @@ class Lolcats(Recipe):
                 next_step="use a seq_len of several windows, or a smaller window_size",
                 exit_code=ExitCode.USAGE,
             )
-        before, after = cache_bytes(model.config)["per_token"], cache_bytes(self.build(model.config))["constant"]
+        before, after = cache_bytes(model.config)["per_token"], cache_bytes(self.build(model))["constant"]
         return [
             PlanItem("converted", f"{model.num_layers} of {model.num_layers} attention layers"),
             PlanItem(
@@ -122,11 +122,10 @@ class Lolcats(Recipe):
             ),
         ]
 
-    def build(self, config: dict[str, Any]) -> dict[str, Any]:
+    def build(self, model: ModelFacts) -> dict[str, Any]:
         """config.json of the linearized model: the family's keys, ours, and transformers' cache layer types."""
-        family = config["model_type"]
+        config, family = model.config, model.model_type
         prefix = config["architectures"][0].removesuffix("ForCausalLM")
-        model = ModelFacts(config, {})
         return config | {
             "model_type": f"kit_{family}",
             "architectures": [f"Kit{prefix}ForCausalLM"],
@@ -174,6 +173,7 @@ class Lolcats(Recipe):
         with _recorded(layer.original.self_attn) as (inputs, targets):
             layer.advance()
         x, y = torch.cat(inputs), torch.cat(targets)
+        assert layer.inputs is not None
         attention, rotary, positions = layer.module.self_attn, layer.model.base.rotary_emb, layer.inputs.position_ids
 
         def error(rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from kit.convert.checkpoint import open_checkpoint
+from kit.convert.recipe import ModelFacts
 from kit.convert.streaming import StreamedModel, TensorView, streamed_logits
 from kit.recipes import load_recipes
 
@@ -36,7 +37,7 @@ def test_packed_rows_do_not_see_each_other_in_a_streamed_layer(make_model):
 
 def test_new_parameters_stay_fp32_under_bf16_weights(make_model, tmp_path):
     checkpoint = open_checkpoint(str(make_model(dtype=torch.bfloat16)))
-    config = load_recipes("lolcats", ["window_size=8"])[0].build(checkpoint.config)
+    config = load_recipes("lolcats", ["window_size=8"])[0].build(ModelFacts.of(checkpoint))
     view = TensorView(checkpoint)
     new = torch.full((3,), 0.123456789)
     save_file({"model.layers.0.self_attn.linear_attention.window_factor": new}, tmp_path / "new.safetensors")

@@ -77,7 +77,7 @@ def test_balanced_branches_have_the_masses_of_softmax(maps):
 
 def test_a_papers_constant_can_be_asked_for():
     recipe = load_recipes("lolcats", ["window_factor=0.1"])[0]
-    assert recipe.build(CONFIG)["linear_attention"]["window_factor"] == 0.1
+    assert recipe.build(ModelFacts(CONFIG, {}))["linear_attention"]["window_factor"] == 0.1
 
 
 def test_the_plan_says_what_the_cache_will_cost():
@@ -93,7 +93,7 @@ def test_new_parameters_are_counted():
 
     for maps in ("kv", "query"):
         recipe = load_recipes("lolcats", [f"feature_map_heads={maps}", "feature_dim=6"])[0]
-        skeleton = build_skeleton(recipe.build(CONFIG | {"intermediate_size": 16}))
+        skeleton = build_skeleton(recipe.build(ModelFacts(CONFIG | {"intermediate_size": 16}, {})))
         real = sum(p.numel() for name, p in skeleton.named_parameters() if "linear_attention" in name)
         assert recipe.new_parameters(facts()) == real
 
