@@ -194,6 +194,12 @@ class Fireq(Recipe):
                 Hadamard matrix that is not known, or an engine (`target`) that would not take the result.
         """
         super().plan(model)
+        if "quantization_config" in model.config:
+            raise KitError(
+                "the weights are already quantized",
+                where="config.json: quantization_config",
+                next_step="give the model that it was made from, in bfloat16, float16 or float32",
+            )
         formats = self.formats(model)
         shapes = {name: model.shapes[f"{name}.weight"] for name in formats}
         config = self._quantization_config(model, formats)

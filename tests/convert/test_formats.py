@@ -63,17 +63,23 @@ def test_compressed_tensors_accepts_the_config(form, fp8_inputs, symmetric):
     (scheme,) = read.config_groups.values()
     assert scheme.format == group["format"]
     weights = scheme.weights
-    assert (weights.num_bits, weights.type.value, weights.group_size) == (
+    assert (weights.num_bits, str(getattr(weights.type, "value", weights.type)), weights.group_size) == (
         form.bits,
         "float" if form is FP8 else "int",
         form.group_size,
     )
     assert weights.symmetric != form.zero_point
-    assert weights.strategy.value == ("channel" if form.group_size is None else "group")
+    assert str(getattr(weights.strategy, "value", weights.strategy)) == (
+        "channel" if form.group_size is None else "group"
+    )
     assert (scheme.input_activations is not None) == fp8_inputs
     if fp8_inputs:
         inputs = scheme.input_activations
-        assert (inputs.num_bits, inputs.type.value, inputs.strategy.value) == (8, "float", "token")
+        assert (inputs.num_bits, *(str(getattr(x, "value", x)) for x in (inputs.type, inputs.strategy))) == (
+            8,
+            "float",
+            "token",
+        )
         assert inputs.dynamic is True
     assert read.ignore == ["lm_head"]
     assert (read.kv_cache_scheme is None) == (symmetric is None)

@@ -237,7 +237,7 @@ class Toy(Recipe):
         return {"input": mean, "index": layer.index}
 
     @allocate_stage
-    def choose(self, stats):
+    def choose(self, stats, model):
         self.called("allocate")
         return {"total": sum(m["index"] for m in stats["toy.halve"])}
 

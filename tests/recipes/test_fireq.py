@@ -1,0 +1,206 @@
+"""The FireQ recipe on tiny random models: formats that others read, the cache, errors before weights load."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kit
+from kit.convert.checkpoint import open_checkpoint
+from kit.convert.errors import KitError
+from kit.convert.pipeline import Options, convert
+from kit.convert.progress import Progress
+from kit.recipes import load_recipes
+from kit.recipes.fireq import Fireq
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = torch.randint(4, 96, (2, 40), generator=torch.Generator().manual_seed(1))
+PLAIN = ("kv.bits=null", "query=null")
+
+
+@pytest.fixture
+def quantize(make_model, tmp_path):
+    """A function that quantizes a tiny model and returns (source folder, output folder, report)."""
+    text = tmp_path / "text.txt"
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(4, 96, (2000,), generator=generator).tolist()
+    text.write_text(" ".join(f"w{word}" for word in words))
+
+    def run(*overrides, preset="fireq", family="llama", name="out", resume=False, source=None):
+        source = source or make_model(family, dtype=torch.bfloat16, **SHAPE)
+        data = [f"data.dataset={text}", "data.num_samples=8", "data.seq_len=64"] if preset != "rtn" else []
+        recipes = load_recipes(preset, ["group_size=16", *data, *overrides])
+        options = Options(tmp_path / name, eval_tokens=0, device="cpu", resume=resume)
+        return source, tmp_path / name, convert(open_checkpoint(str(source)), recipes, options, Progress())
+
+    return run
+
+
+@torch.no_grad()
+def kl(base, model):
+    reference, other = (m(IDS).logits.float().log_softmax(-1) for m in (base, model))
+    return float((reference.exp() * (reference - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_folds_keep_the_function_and_rounding_beats_plain_rounding(quantize, family):
+    source, out, _ = quantize(*PLAIN, family=family)
+    _, plain, _ = quantize(preset="rtn", family=family, name="rtn", source=source)
+    base = kit.load(str(source), dtype="float32")
+    assert kl(base, kit.load(str(out), dtype="float32")) < 0.9 * kl(base, kit.load(str(plain), dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("scheme=W4A16",),
+        ("scheme=FP8",),
+        pytest.param(
+            ("zero_point=true",), marks=pytest.mark.xfail(reason="the library does not load our zero points yet")
+        ),
+        ("bits_budget=6",),
+    ],
+    ids=str,
+)
+def test_compressed_tensors_reads_the_standard_format(quantize, overrides):
+    _, out, _ = quantize(*PLAIN, *overrides)
+    script = """
+import sys, torch
+sys.modules["kit"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+ids = load_file(sys.argv[2])["ids"]
+with torch.no_grad():
+    save_file({"logits": model(ids).logits}, sys.argv[3])
+"""
+    ids, logits = out.parent / "ids.safetensors", out.parent / "logits.safetensors"
+    save_file({"ids": IDS}, ids)
+    subprocess.run([sys.executable, "-c", script, out, ids, logits], check=True, cwd=out.parent, timeout=120)
+    theirs = load_file(logits)["logits"].float()
+    with torch.no_grad():
+        ours = kit.load(str(out), dtype="float32")(IDS).logits.float()
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
+    assert float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()) > 0.95
+
+
+@torch.no_grad()
+def test_decoding_with_the_packed_cache_equals_one_pass(quantize):
+    _, out, _ = quantize()
+    assert (out / "kit_cache.safetensors").exists()
+    model = kit.load(str(out), dtype="float32")
+    whole = model(IDS, use_cache=False).logits
+    state = model(IDS[:, :30], use_cache=True)
+    logits, cache = [state.logits], state.past_key_values
+    for position in range(30, 40):
+        state = model(IDS[:, position : position + 1], past_key_values=cache, use_cache=True)
+        logits.append(state.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=2e-3, rtol=2e-3)
+    assert cache.layers[0].keys.dtype == torch.uint8
+    assert cache.layers[0].keys.shape == (2, 2, 40, 16 // 2 + 3)
+
+
+def test_our_own_format_brings_its_code(quantize, tmp_path):
+    _, out, _ = quantize("format=kit")
+    assert not (out / "kit_cache.safetensors").exists()
+    script = """
+import sys, torch
+sys.modules["kit"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True)
+with torch.no_grad():
+    save_file({"logits": model(load_file(sys.argv[2])["ids"]).logits}, sys.argv[3])
+"""
+    ids, logits = tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"
+    save_file({"ids": IDS}, ids)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run(
+        [sys.executable, "-c", script, out, ids, logits], check=True, cwd=tmp_path, env=environment, timeout=120
+    )
+    with torch.no_grad():
+        ours = kit.load(str(out), dtype="float32")(IDS).logits
+    torch.testing.assert_close(load_file(logits)["logits"], ours)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(quantize, make_model, monkeypatch):
+    source, out, _ = quantize(name="whole")
+    original, calls = Fireq.quantize, []
+
+    def killed(self, layer):
+        calls.append(layer.index)
+        if layer.index == 1:
+            raise KeyboardInterrupt
+        return original(self, layer)
+
+    killed._kit_stage = original._kit_stage
+    monkeypatch.setattr(Fireq, "quantize", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(name="again", source=source)
+    monkeypatch.setattr(Fireq, "quantize", original)
+    _, again, _ = quantize(name="again", source=source, resume=True)
+    assert calls == [0, 1]
+    for file in ("model.safetensors", "kit_cache.safetensors"):
+        assert (again / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_what_is_ignored_and_the_embedding_stay_bit_equal(quantize):
+    source, out, _ = quantize("ignore=[re:.*down_proj]")
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        assert torch.equal(before[name], after[name])
+    assert "lm_head" in json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+
+
+def test_rotating_the_residual_stream_unties_the_head(quantize):
+    source, out, _ = quantize("rotate_residual=true", *PLAIN)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    base = kit.load(str(source), dtype="float32")
+    assert kl(base, kit.load(str(out), dtype="float32")) < 0.5
+
+
+def test_a_budget_buys_fp8_linears(quantize):
+    _, out, report = quantize("bits_budget=6.5", *PLAIN)
+    chosen = report["allocation"]["fireq"]
+    assert chosen["fp8"]
+    assert chosen["bits_per_weight"] <= 6.5
+    stored = load_file(out / "model.safetensors")
+    assert stored[f"{chosen['fp8'][0]}.weight"].dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("group_size=48",), "do not divide"),
+        (("ignore=[re:.*nothing]",), "matches no linear"),
+        (("bits_budget=4.1",), "bits a weight"),
+        (("target=vllm",), "groups of 128 only"),
+    ],
+)
+def test_bad_options_stop_before_the_weights(quantize, overrides, message):
+    with pytest.raises(KitError, match=message):
+        quantize(*overrides)
+
+
+def test_a_nan_names_its_tensor_and_nothing_is_written(quantize, make_model):
+    source = make_model(dtype=torch.bfloat16, **SHAPE)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KitError, match=r"NaN") as error:
+        quantize(source=source, preset="rtn")
+    assert "model.layers.1.mlp.up_proj.weight" in str(error.value)
+
+
+def test_a_quantized_model_is_neither_saved_nor_quantized_again(quantize, tmp_path):
+    _, out, _ = quantize()
+    with pytest.raises(ValueError, match="kit quantize"):
+        kit.load(str(out)).save_pretrained(tmp_path / "saved")
+    with pytest.raises(KitError, match="already quantized"):
+        quantize(source=out, name="twice")
