@@ -190,8 +190,8 @@ class Checkpoint:
             output_loading_info=True,
             weights_only=True,
         )
-        beside = _load_sidecar(self.folder, model) if ours else set()
-        info["missing_keys"] = set(info.get("missing_keys") or ()) - beside
+        if ours:
+            info["missing_keys"] = {*(info.get("missing_keys") or ()), *_load_sidecar(self.folder, model)}
         problems = [
             f"{kind.removesuffix('_keys')} {key}"
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
@@ -231,20 +231,21 @@ def _quantization_of_ours(config: dict[str, Any]) -> dict[str, Any] | None:
             check_scheme(group)
     except (KeyError, TypeError, ValueError):
         return None
-    return {**quantization, "quant_method": METHOD}
+    return {**quantization, "quant_method": METHOD, "sidecar": True}
 
 
 def _load_sidecar(folder: Path, model: Any) -> set[str]:
-    """Load what stands beside a standard checkpoint's weights for our modules; return the names."""
-    from kit.modules.quantized import SIDECAR
+    """Load what stands beside a standard checkpoint's weights for our modules; return the names that are missing."""
+    from kit.modules.quantized import SIDECAR, SIDECAR_MARK
 
+    wanted = {name for name in model.state_dict() if SIDECAR_MARK in name}
     if not (folder / SIDECAR).exists():
-        return set()
+        return wanted
     from safetensors.torch import load_file
 
     tensors = load_file(folder / SIDECAR)
     model.load_state_dict(tensors, strict=False)
-    return tensors.keys() & model.state_dict().keys()
+    return wanted - tensors.keys()
 
 
 def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> Any:

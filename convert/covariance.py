@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +29,15 @@ class Moment:
         absolute: Σ |x|, (K,) fp32.
         tokens: how many inputs were seen.
         cross: Σ (t - x) xᵀ, (K, K) fp32, t the same token's input in the original model; None if that was not asked
-        for.
+            for.
+        inputs: (N, T, K) on the CPU, what entered the linear; None if that was not asked for.
     """
 
     second: Tensor
     absolute: Tensor
     tokens: int
     cross: Tensor | None = None
+    inputs: Tensor | None = None
 
     def scaled(self, factor: Tensor) -> Moment:
         """The moment of x · factor, factor (K,)."""
@@ -55,6 +58,8 @@ def input_moment(
     transform: Callable[[Tensor], Tensor] | None = None,
     targets: Tensor | None = None,
     weights: Tensor | None = None,
+    replay: dict[str, Tensor] | None = None,
+    keep: bool = False,
 ) -> Moment:
     """Run a layer's inputs up to one of its linears and collect the moment of what enters it.
 
@@ -64,6 +69,8 @@ def input_moment(
         transform: applied to inputs first (FP8 rounding).
         targets: (N, T, K), the linear's inputs in the original model, for `Moment.cross`.
         weights: (N, T), what each token counts; None is 1.
+        replay: kept inputs of the last linear of the attention block, which then stands for the block.
+        keep: also return the inputs.
 
     Raises:
         KitError: naming the linear, if an input is not finite.
@@ -74,8 +81,11 @@ def input_moment(
     if targets is not None:
         moment.cross = torch.zeros_like(moment.second)
     seen = slice(0, 0)
+    kept: list[Tensor] = []
 
     def see(x: Tensor) -> None:
+        if keep:
+            kept.append(x.cpu())
         x = (transform(x) if transform else x).flatten(0, -2).float()
         weighted = _add(moment, x, None if weights is None else weights[seen])
         if targets is not None and moment.cross is not None:
@@ -83,13 +93,14 @@ def input_moment(
             moment.cross.addmm_((target - x).T, weighted)
         raise _Reached
 
-    with _watch(layer, {name: see}):
+    with _watch(layer, {name: see}), _replayed(layer, replay or {}, lambda: seen):
         for seen, hidden, positions in layer.inputs.batches(BATCH_ROWS, layer.device):  # noqa: B007 (`see` reads it)
             try:
                 layer.model.forward(hidden, positions)
             except _Reached:
                 continue
     _check_finite(layer, name, moment)
+    moment.inputs = torch.cat(kept) if keep else None
     return moment
 
 
@@ -114,6 +125,17 @@ def record_inputs(layer: Layer, names: list[str]) -> tuple[dict[str, Tensor], Ac
     with _watch(layer, {name: keep(name) for name in names}):
         outputs = layer.model.advance(inputs, BATCH_ROWS)
     return {name: torch.cat(parts) for name, parts in kept.items()}, outputs
+
+
+@torch.no_grad()
+def replayed_outputs(layer: Layer, inputs: dict[str, Tensor]) -> Activations:
+    """What leaves the layer, from the kept inputs of the last linears of its two blocks."""
+    assert layer.inputs is not None
+    outputs, seen = torch.empty_like(layer.inputs.hidden), slice(0, 0)
+    with _replayed(layer, inputs, lambda: seen):
+        for seen, hidden, positions in layer.inputs.batches(BATCH_ROWS, layer.device):
+            outputs[seen] = layer.model.forward(hidden, positions).to(outputs.device)
+    return Activations(outputs, layer.inputs.position_ids)
 
 
 def moment_of(x: Tensor, weights: Tensor | None, device: str) -> Moment:
@@ -147,6 +169,34 @@ def _watch(layer: Layer, see: dict[str, Callable[[Tensor], None]]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _replayed(layer: Layer, inputs: dict[str, Tensor], rows: Callable[[], slice]) -> Iterator[None]:
+    """Let blocks consist of their last linear, run on inputs that were kept: nothing before it is computed.
+
+    Args:
+        layer: the resident layer.
+        inputs: (N, T, K) by the linear's name in the layer ("self_attn.o_proj", "mlp.down_proj").
+        rows: which of the N are being run.
+    """
+    blocks = []
+    for name, kept in inputs.items():
+        block, linear = layer.module.get_submodule(name.rpartition(".")[0]), layer.module.get_submodule(name)
+
+        def forward(*args: Any, linear: Any = linear, kept: Tensor = kept, **kwargs: Any) -> Tensor:
+            return linear(kept[rows()].to(layer.device))
+
+        def attend(*args: Any, forward: Any = forward, **kwargs: Any) -> tuple[Tensor, None]:
+            return forward(), None  # no attention weights
+
+        block.forward = attend if name.startswith("self_attn.") else forward
+        blocks.append(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
 
 
 def _check_finite(layer: Layer, name: str, moment: Moment) -> None:

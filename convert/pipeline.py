@@ -258,7 +258,7 @@ class _Conversion:
                 self.allocate(step, recipe, stage)
             else:
                 assert rows is not None
-                self.train(step, recipe, stage, rows)
+                self.train(step, recipe, stage, rows, self.streamed(before, before_view, recipe.float32))
         self.config = recipe.build(self.facts(before))
 
     def facts(self, config: dict[str, Any]) -> ModelFacts:
@@ -381,6 +381,7 @@ class _Conversion:
             for index in range(len(model)):
                 key = f"{step}-layer-{index:04d}"
                 after: Activations | None = None
+                outputs: Activations | None = None
                 if (done := self.work.metrics(key)) is None:
                     with model.layer(index) as module:
                         layer = Layer(index, module, None, inputs, model, None, self.device, self.progress, facts)
@@ -388,18 +389,17 @@ class _Conversion:
                         done = getattr(recipe, stage.method)(layer)
                         changed = self.changed(module, model.layer_prefix(index)) if feeder else {}
                         self.work.commit(key, changed, done)
-                        after = layer.original_outputs
+                        after, outputs = layer.original_outputs, layer.outputs
                 if originals is not None and index < len(model) - 1:
-                    originals = after or self.advance_original(model, index, originals)
+                    originals = after or self.advance(model, index, originals)
                 self.view.lay_over(self.work.tensors(key))
                 if inputs is not None and index < len(model) - 1:
-                    with (feeder or model).layer(index):
-                        inputs = (feeder or model).advance(inputs)
+                    inputs = outputs or self.advance(feeder or model, index, inputs)
                 metrics.append(done)
                 self.progress.step(1, **dict(list(done.items())[-1:]))
         self.stats[f"{recipe.name}.{stage.method}"] = metrics
 
-    def advance_original(self, model: StreamedModel, index: int, inputs: Activations) -> Activations:
+    def advance(self, model: StreamedModel, index: int, inputs: Activations) -> Activations:
         """What leaves a layer as the view has it now."""
         with model.layer(index):
             return model.advance(inputs)
@@ -411,12 +411,12 @@ class _Conversion:
             self.work.commit(step, {}, done)
         recipe.allocation |= done
 
-    def train(self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows) -> None:
+    def train(self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, original: StreamedModel) -> None:
         """Run a train stage: the whole converted model resident."""
         done = self.work.metrics(step)
         if done is None:
-            model = self.streamed(recipe.build(self.facts(self.config)), self.view).resident()
-            done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress))
+            model = self.streamed(recipe.build(self.facts(self.config)), self.view, recipe.float32).resident()
+            done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress, original))
             self.work.commit(step, self.changed(model, ""), done)
             del model
         self.view.lay_over(self.work.tensors(step))

@@ -156,6 +156,7 @@ class Layer:
         facts: the whole model's config and shapes before this recipe.
         original_inputs: what enters the layer in the model before this recipe (stages that propagate "both").
         original_outputs: set it to what leaves the untouched layer for those, if the stage ran it anyway.
+        outputs: set it to what leaves the changed layer, if the stage knows it.
     """
 
     index: int
@@ -181,12 +182,21 @@ class Layer:
 
 @dataclass
 class TrainRun:
-    """The whole model in a train stage: change `model` in place (it must have no adapters left at the end)."""
+    """The whole model in a train stage: change `model` in place (it must have no adapters left at the end).
+
+    Attributes:
+        model: the converted model.
+        rows: the calibration rows.
+        device: where the model lives.
+        progress: report steps and losses here.
+        original: the model before this recipe, one layer resident at a time: a teacher.
+    """
 
     model: Any
     rows: TokenRows
     device: str
     progress: Progress
+    original: StreamedModel
 
 
 @dataclass
@@ -204,6 +214,9 @@ class Recipe(ABC):
     paper: ClassVar[str] = ""
     config_class: ClassVar[type[RecipeConfig]]
     families: ClassVar[tuple[str, ...]] = ()
+    ablation_note: ClassVar[str] = ""  # for the card: what the ablation rows of its table are
+    limits: ClassVar[str] = ""  # for the card: what the result cannot do
+    base_model_relation: ClassVar[Literal["finetune", "quantized", "adapter"]] = "finetune"  # on the hub
     bundle_entry: str | None = None  # module whose code travels with the checkpoint
     float32: ClassVar[bool] = False  # layer stages compute in float32 on a GPU too
     replaces_modules: ClassVar[bool] = (

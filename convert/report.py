@@ -62,7 +62,7 @@ def model_card(report: dict[str, Any], recipes: list[Recipe]) -> str:
     on_hub = "/" in source and not Path(source).exists()
     data = ModelCardData(
         base_model=source if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
+        base_model_relation=recipes[-1].base_model_relation if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["kit", *(recipe.name for recipe in recipes)],

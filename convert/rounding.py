@@ -72,8 +72,11 @@ def fit_grid(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tu
         importance = torch.ones_like(weight[0])
     importance = importance.clamp(min=1e-8 * float(importance.max()) + 1e-30).unflatten(-1, (groups, -1))
     best: tuple[Tensor, Tensor, Tensor] | None = None
+    factor: float | None = None
     for scale, zero in _candidates(w, grid):
-        scale = round_scale(scale, grid)
+        if factor is None and grid.fp8_scales:
+            factor = per_tensor_factor(_nonzero(scale))  # of the largest scales: the others fit too
+        scale = round_scale(scale, grid, factor)
         codes = (w / scale[..., None] + zero[..., None]).round_().clamp_(-8, 7)
         error = (((codes - zero[..., None]) * scale[..., None] - w).square_() * importance).sum(-1)
         if best is None:
@@ -83,7 +86,7 @@ def fit_grid(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tu
             for old, new in zip(best, (error, scale, zero), strict=True):
                 old.copy_(torch.where(better, new, old))
     assert best is not None
-    return best[1], best[2].to(torch.int8) if grid.zero_point else None
+    return round_scale(best[1], grid), best[2].to(torch.int8) if grid.zero_point else None
 
 
 def _candidates(w: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
@@ -100,17 +103,31 @@ def _candidates(w: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
             yield torch.where(high > -low, -largest, largest) / 8, torch.zeros_like(largest)
 
 
-def round_scale(scale: Tensor, grid: Grid) -> Tensor:
-    """Round scales to what a file and a kernel hold: bf16, or e4m3 over a power of two; zero becomes the smallest."""
-    if grid.fp8_scales:
-        factor = per_tensor_factor(_nonzero(scale))
-        rounded = quantize_fp8(scale * factor).float()
-        return torch.where(rounded == 0, FP8_STEP, rounded) / factor
-    return _nonzero(scale.to(torch.bfloat16).float())
+def round_scale(scale: Tensor, grid: Grid, factor: float | None = None) -> Tensor:
+    """Round scales to what a file and a kernel hold: bf16, or e4m3 over a power of two.
+
+    One that would vanish becomes the smallest of its sign.
+
+    Args:
+        scale: (N, K / g).
+        grid: the grid.
+        factor: the power of two; None: `per_tensor_factor` of the result, as whoever reads the file computes it.
+    """
+    if not grid.fp8_scales:
+        return _nonzero(scale.to(torch.bfloat16).float())
+    lift = per_tensor_factor(_nonzero(scale)) if factor is None else factor
+    for _ in range(15):
+        rounded = quantize_fp8(scale * lift).float()
+        rounded = torch.where(rounded == 0, torch.full_like(scale, FP8_STEP).copysign(scale), rounded) / lift
+        if factor is not None or (again := per_tensor_factor(rounded)) == lift:
+            break
+        lift = again
+    return rounded
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.finfo(torch.bfloat16).tiny, scale)
+    tiny = torch.full_like(scale, torch.finfo(torch.bfloat16).tiny)
+    return torch.where(scale == 0, tiny.copysign(scale), scale)
 
 
 def round_to_nearest(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Rounded:
@@ -148,7 +165,7 @@ def inverse_factor(moment: Tensor, damp: float) -> tuple[Tensor, float]:
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed and bool(upper.isfinite().all()):
                 return upper, damp
-        damp *= 10
+        damp = max(10 * damp, 1e-6)
     raise ValueError("the inputs' second moment cannot be inverted, even with a damping of 10 times its mean diagonal")
 
 

@@ -198,13 +198,17 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and output head: (B, T, hidden) -> (B, T, vocabulary)."""
+        return self.head()(hidden.to(self.device))
+
+    def head(self) -> nn.Module:
+        """Make the final norm and the output head resident, as one module."""
         norm = self._materialise(self._norm, f"{self.prefix}norm.")
         head = self.model.get_output_embeddings()
         tied = "lm_head.weight" not in self.view
         resident = copy.deepcopy(head)
         name = f"{self.prefix}embed_tokens.weight" if tied else "lm_head.weight"
         resident.load_state_dict({"weight": self._read(name)}, strict=False, assign=True)
-        return resident(norm(hidden.to(self.device)))
+        return nn.Sequential(norm, resident.requires_grad_(False))
 
     def resident(self) -> Any:
         """Return the whole model with its weights in memory."""
@@ -240,11 +244,16 @@ class StreamedModel:
 
 
 @torch.no_grad()
-def streamed_logits(model: StreamedModel, input_ids: Tensor) -> Tensor:
-    """Logits (B, T, vocabulary) of whole sequences (B, T), one layer resident at a time."""
-    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    activations = model.embed(input_ids, positions)
+def streamed_hidden(model: StreamedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """What leaves the last layer for ids (N, T), before the final norm: (N, T, hidden) on the CPU."""
+    activations = model.embed(input_ids, position_ids)
     for index in range(len(model)):
         with model.layer(index):
             activations = model.advance(activations)
-    return model.logits(activations.hidden)
+    return activations.hidden
+
+
+def streamed_logits(model: StreamedModel, input_ids: Tensor) -> Tensor:
+    """Logits (B, T, vocabulary) of whole sequences (B, T), one layer resident at a time."""
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return model.logits(streamed_hidden(model, input_ids, positions))

@@ -15,7 +15,7 @@ model_type of its own, and carries this code, so that it runs the same where `ki
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -52,6 +52,15 @@ ABLATIONS = {  # name: what is switched off
     "16-bit keys and values": ("kv",),
     "weights only": ("kv", "query", "activations"),
 }
+
+
+def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return rounding(x), whose gradient is taken as that of x (the straight-through estimator, arXiv:1308.3432)."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return rounding(x)
+    with torch.no_grad():
+        change = rounding(x) - x
+    return x + change
 
 
 class QuantizedLinear(nn.Module):
@@ -102,28 +111,34 @@ class QuantizedLinear(nn.Module):
         self.weight_scale = parameter(out_features, groups)
         self.register_parameter("bias", parameter(out_features) if bias else None)
         self._dense: Tensor | None = None
+        self._codes: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """Return the weight, (N, K) fp32."""
+        """Return the weight, (N, K) fp32. Codes stay unpacked while scales are trained."""
         if not self.int4:
             return self.weight.float() * self.weight_scale.float()
-        codes = unpack_int4(self.weight_packed, self.in_features)
-        if self.table:
-            return table_weight(codes, self.weight_scale, per_tensor_factor(self.weight_scale))
+        codes = unpack_int4(self.weight_packed, self.in_features) if self._codes is None else self._codes
+        self._codes = codes if self.weight_scale.requires_grad else None
         zero = getattr(self, "weight_zero_point", None)
         if zero is not None:
             zero = unpack_int4(zero.T, self.out_features).T
-        return dequantize_weight(codes, self.weight_scale, zero)
+        weight, scale = dequantize_weight(codes, self.weight_scale, zero), self.weight_scale
+        if self.table:
+            return straight_through(weight, lambda _: table_weight(codes, scale, per_tensor_factor(scale)))
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N). On a CPU the dequantized weight is kept after the first call; on a GPU it is not."""
-        if self._dense is None or self._dense.device != x.device:
+        trained = torch.is_grad_enabled() and self.weight_scale.requires_grad
+        if self._dense is None or self._dense.device != x.device or trained:
             dense = self.dequantize()
-            self._dense = dense if x.device.type == "cpu" else None
+            self._dense = dense if x.device.type == "cpu" and not trained else None
         else:
             dense = self._dense
         if self.fp8_inputs and self.quantize_inputs:
-            return int4_fp8_linear(x, dense, self.bias)
+            if not torch.is_grad_enabled():
+                return int4_fp8_linear(x, dense, self.bias)
+            x = straight_through(x, round_activations)
         y = F.linear(x.float(), dense, None if self.bias is None else self.bias.float())
         return y.to(x.dtype)
 
@@ -199,7 +214,7 @@ class AttentionQuantization(nn.Module):
             q = (q.float() / scale[:, None]).to(q.dtype)
         if self.rotate:
             q = _rotate(q)
-        return round_activations(q) if self.query_fp8 and self.quantize_query else q
+        return straight_through(q, round_activations) if self.query_fp8 and self.quantize_query else q
 
     def pack(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize keys and values (B, G, T, D) as the cache stores them, in one pass."""
@@ -208,6 +223,15 @@ class AttentionQuantization(nn.Module):
             shaping = torch.cat([self.key_order, self.value_order]), torch.cat([self.key_factor, self.value_factor])
         packed = quantize_kv(torch.cat([k, v], dim=1), self.symmetric, *shaping)
         return packed.split(k.shape[1], dim=1)
+
+    def round(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cache would give back of keys and values (B, G, T, D); gradients pass."""
+
+        def stored(both: Tensor) -> Tensor:
+            packed = self.pack(*both.chunk(2, dim=1))
+            return torch.cat([self.unpack(x, both.dtype) for x in packed], dim=1)
+
+        return straight_through(torch.cat([k, v], dim=1), stored).chunk(2, dim=1)  # type: ignore[return-value]
 
     def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Undo `pack` for keys or for values."""
@@ -261,7 +285,7 @@ class _QuantizingCache:
         k = self.quantization.keys(k)
         rounds = self.quantization.kv is not None and self.quantization.quantize_kv
         if rounds and not (self.cache is not None and self._packed_layer(layer_idx)):  # no cache, or one of fixed size
-            k, v = (self.quantization.unpack(x, k.dtype) for x in self.quantization.pack(k, v))
+            k, v = self.quantization.round(k, v)
         return (k, v) if self.cache is None else self.cache.update(k, v, layer_idx, *args, **kwargs)
 
     def _packed_layer(self, index: int) -> bool:
@@ -422,6 +446,8 @@ class KitQuantizer(HfQuantizer):
     """Lets from_pretrained build the modules above and load the packed tensors into them."""
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if getattr(self.quantization_config, "sidecar", False):  # `kit.load` fills these in, and checks that it did
+            model._keys_to_ignore_on_load_missing.add(re.escape(SIDECAR_MARK))
         return quantize_modules(model, dict(self.quantization_config.__dict__))
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

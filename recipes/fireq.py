@@ -32,9 +32,12 @@ from kit.convert.recipe import (
     Recipe,
     RecipeConfig,
     Stage,
+    TrainConfig,
+    TrainRun,
     allocate_stage,
     layer_stage,
     prepare_stage,
+    train_stage,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +87,16 @@ class GptqConfig(BaseModel):
     fit_scales: bool = Field(True, description="Fit group scales to the codes by least squares afterwards.")
 
 
+class TuneConfig(TrainConfig):
+    """Group scales and norm gains, trained on the whole model to give the original's next-token distribution."""
+
+    steps: int = Field(
+        0, ge=0, description="Optimizer updates; 0 skips the stage, which keeps the whole model in memory."
+    )
+    batch_size: int = Field(2, ge=1, description="Rows of data an update.")
+    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, relative to each scale and gain.")
+
+
 class FireqConfig(RecipeConfig):
     """Options of the FireQ recipe."""
 
@@ -104,6 +117,7 @@ class FireqConfig(RecipeConfig):
     clip: bool = Field(True, description="Search how far each group's grid reaches for the least squared error.")
     rounding: Literal["gptq", "rtn"] = Field("gptq", description="GPTQ error compensation, or round to nearest.")
     gptq: GptqConfig = Field(default_factory=GptqConfig, description="Options of GPTQ.")
+    tune: TuneConfig = Field(default_factory=TuneConfig, description="Training of scales and gains at the end.")
     scaling: Literal["none", "channel", "search"] = Field(
         "channel", description="Input channel scaling: none, 1 / mean|W| (the paper's), or the best of a few exponents."
     )
@@ -159,6 +173,14 @@ class Fireq(Recipe):
     families = ("llama", "mistral", "qwen2", "qwen3")
     replaces_modules = True
     float32 = True
+    base_model_relation = "quantized"
+    ablation_note = (
+        '"16-bit keys and values" leaves the cache unrounded; "weights only" leaves queries and inputs unrounded too.'
+    )
+    limits = (
+        "Loaded by other readers than `kit.load`, weights are unpacked to 16 bits, and how keys are prepared for the "
+        "INT4 cache (kit_cache.safetensors) is not applied. A loaded model cannot be trained further or saved again."
+    )
     config: FireqConfig
 
     # ---- planning
@@ -179,6 +201,8 @@ class Fireq(Recipe):
         left_out = set() if self.config.rotate_residual else {"rotate_residual"}
         if self.config.bits_budget is None:
             left_out |= {"measure_sensitivity", "choose_formats"}
+        if not (self.config.tune.steps and self.needs_data()):
+            left_out.add("tune")
         return [stage for stage in self.stages() if stage.method not in left_out]
 
     def flops_per_parameter(self) -> float:
@@ -416,7 +440,7 @@ class Fireq(Recipe):
         """Fold scales and rotations, then round this layer's linears in the order in which they run."""
         import torch
 
-        from kit.convert.covariance import input_moment, moment_of, record_inputs
+        from kit.convert.covariance import input_moment, moment_of, record_inputs, replayed_outputs
         from kit.kernels.int4_fp8 import round_activations
         from kit.modules.quantized import quantize_attention
 
@@ -433,7 +457,9 @@ class Fireq(Recipe):
                 with _RecordedAttention(layer.module) as seen:
                     targets, layer.original_outputs = record_inputs(layer, [*firsts, SITES[2].producer])
                 weights = self._token_weights(targets.pop(SITES[2].producer), layer.original_outputs.hidden)
-                moments = {name: moment_of(x, weights.get(name), layer.device) for name, x in targets.items()}
+                moments = {
+                    name: moment_of(targets[name], weights.get(name), layer.device) for name in self._sites_to_weigh()
+                }
             formats = self._in_layer(layer)
             metrics = self._fold(layer.module, formats, moments, targets, layer.facts)
             quantization = self._quantization_config(layer.facts, self.formats(layer.facts))
@@ -441,19 +467,96 @@ class Fireq(Recipe):
             if self.config.kv.bits and layer.inputs is not None:
                 metrics |= self._encode_cache(layer.module.self_attn, seen, layer.facts)
             transform = round_activations if self.config.scheme != "W4A16" else None
+            replay: dict[str, Tensor] = {}
             for site in SITES:
                 first = site.linears[0]
                 moment = moments.get(first)
-                if moment and self.config.rounding == "gptq" and options.sequential:
-                    target = targets[first] if options.match_original else None
-                    moment = input_moment(layer, first, transform=transform, targets=target, weights=weights.get(first))
+                if layer.inputs is not None and self.config.rounding == "gptq" and options.sequential:
+                    moment = input_moment(
+                        layer,
+                        first,
+                        transform=transform,
+                        targets=targets[first] if options.match_original else None,
+                        weights=weights.get(first),
+                        replay=replay,
+                        keep=first in ("self_attn.o_proj", "mlp.down_proj"),
+                    )
+                    if moment.inputs is not None:
+                        replay[first] = moment.inputs
                 for name in (name for name in site.linears if name in formats):
                     linear, where = layer.module.get_submodule(name), f"layer {layer.index}: {name}"
                     rounded, metrics[f"{name} error"] = self._round(linear, formats[name], moment, where)
                     _replace(layer.module, name, rounded)
+            if replay:
+                layer.outputs = replayed_outputs(layer, replay)
             errors = [value for name, value in metrics.items() if name.endswith(" error")]
             metrics["error"] = sum(errors) / max(len(errors), 1)
         return metrics
+
+    @train_stage
+    def tune(self, run: TrainRun) -> dict[str, Any]:
+        """Train group scales and norm gains, codes fixed, by KL(original ‖ quantized) of the next token.
+
+        What is trained is relative, s = s₀ (1 + δ), so that one learning rate fits all. Roundings pass gradients
+        straight through. (Scales end to end with fixed codes: EfficientQAT, arXiv:2407.11062, section 3.3, there with
+        the next-token loss.)
+        """
+        import torch
+        from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+
+        from kit.convert.rounding import Grid, round_scale
+        from kit.convert.streaming import streamed_hidden
+        from kit.convert.train import fit
+        from kit.modules.quantized import QuantizedLinear
+
+        rows, device, model = run.rows, run.device, run.model
+        with run.progress.task("fireq: outputs of the original", 1):
+            teacher, head = streamed_hidden(run.original, rows.input_ids, rows.position_ids), run.original.head()
+        trained: list[tuple[Any, str]] = []
+        for module in list(model.modules()):
+            if isinstance(module, QuantizedLinear):
+                trained.append((module, "weight_scale"))
+            elif isinstance(getattr(module, "weight", None), torch.nn.Parameter) and module.weight.ndim == 1:
+                trained.append((module, "weight"))
+        for module, name in trained:
+            register_parametrization(module, name, _relative(getattr(module, name).detach()))
+
+        def loss(batch: Tensor) -> Tensor:
+            ids, positions = (x[batch].to(device) for x in (rows.input_ids, rows.position_ids))
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            with torch.no_grad():
+                expected = head(teacher[batch].to(device)).float().log_softmax(-1)
+            found = logits.float().log_softmax(-1)
+            return torch.nn.functional.kl_div(
+                found.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean"
+            )
+
+        options = self.config.tune
+        with run.progress.task("fireq: tune, steps", options.steps):
+            losses = fit(
+                [module.parametrizations[name].original for module, name in trained],
+                loss,
+                len(rows.input_ids),
+                options,
+                seed=self.config.seed,
+                device=device,
+                name="tune",
+                progress=run.progress,
+            )
+        grid = Grid(None, fp8_scales=self.config.fp8_scales)
+        for module, name in trained:
+            remove_parametrizations(module, name, leave_parametrized=True)
+            module.requires_grad_(False)
+            found = getattr(module, name)
+            int4 = name == "weight_scale" and module.int4
+            found.copy_(round_scale(found, grid) if int4 else found.bfloat16())
+        return {"losses": losses, "trained_parameters": sum(getattr(m, n).numel() for m, n in trained)}
+
+    def _sites_to_weigh(self) -> list[str]:
+        """First linears of the sites whose inputs' moments in the original model are needed."""
+        if self.config.scaling == "search" or self.config.rounding == "rtn" or not self.config.gptq.sequential:
+            return [site.linears[0] for site in SITES]
+        return ["self_attn.o_proj"] if self.config.rotate_values else []
 
     def _token_weights(self, middle: Tensor, end: Tensor) -> dict[str, Tensor]:
         """What each token's error counts at o and down: 1 / ‖h‖², h the residual stream that it is added to.
@@ -536,6 +639,7 @@ class Fireq(Recipe):
                         bias.copy_(self._rotate_heads(bias[:, None], facts)[:, 0])
                     if moment is not None:
                         moment = moments[site.linears[0]] = rotated[2]
+                    if site.linears[0] in targets:
                         _rotate_last(targets[site.linears[0]], facts.heads[2])
             if self.config.scaling == "none":
                 continue
@@ -546,6 +650,7 @@ class Fireq(Recipe):
                 weight.mul_(factor)
             if moment is not None:
                 moments[site.linears[0]] = moment.scaled(1 / factor)
+            if site.linears[0] in targets:
                 targets[site.linears[0]] /= factor.cpu()
         return chosen
 
@@ -793,6 +898,20 @@ class _RecordedAttention:
     def query_moment(self) -> Tensor:
         """Σ q qᵀ over tokens and the query heads of each key/value head, (G, D, D) fp32."""
         return self._moment.unflatten(0, (self._heads, -1)).sum(1)
+
+
+def _relative(start: Tensor) -> Any:
+    """A parametrization p = start · (1 + δ), δ = 0 at first."""
+    import torch
+
+    class Relative(torch.nn.Module):
+        def forward(self, delta: Tensor) -> Tensor:
+            return start * (1 + delta)
+
+        def right_inverse(self, value: Tensor) -> Tensor:
+            return torch.zeros_like(value)
+
+    return Relative()
 
 
 def _rotate_last(x: Tensor, head_dim: int) -> None:

@@ -78,6 +78,15 @@ class Lolcats(Recipe):
     config_class = LolcatsConfig
     families = ("llama", "mistral", "qwen2", "qwen3")
     bundle_entry = "kit.modules.modeling"
+    ablation_note = (
+        '"Window only", "linear only" and "attention zeroed" take a branch of the attention away from the converted '
+        "model."
+    )
+    limits = (
+        "The recurrent state cannot be rolled back: assisted decoding, prompt look-up and quantized caches are "
+        "refused. Text far before the window is seen only through the linear branch; compare the rows above before "
+        "you rely on long-range recall."
+    )
     config: LolcatsConfig
 
     def active_stages(self) -> list[Stage]:

@@ -84,7 +84,7 @@ def table_weight(codes: Tensor, scale: Tensor, per_tensor: float) -> Tensor:
 
 
 def per_tensor_factor(scale: Tensor) -> float:
-    """The power of two T that lifts a weight's group scales out of e4m3's subnormals (section 3.2).
+    """The power of two T that lifts a weight's group scales away from e4m3's smallest number (section 3.2).
 
     Among 1, 2, ..., 2^14, up to the last that keeps 8 · scale · T within e4m3, the smallest with the least underflow:
     Σ max(7·2^-9 - 7 · scale · T, 0) over groups.
@@ -124,7 +124,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / FP8_MAX)
+    scale = torch.where(largest == 0, 1.0, (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
     return quantize_fp8(x / scale), torch.where(largest.isfinite(), scale, torch.nan)
 
 
@@ -265,6 +265,8 @@ def hadamard(size: int) -> Tensor:
     Raises:
         ValueError: if no such construction has this order.
     """
+    if size < 1:
+        raise ValueError(f"no Hadamard matrix of order {size}")
     core, power = size, 0
     while (block := _paley(core)) is None:
         if core % 2:

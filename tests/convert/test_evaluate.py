@@ -88,6 +88,10 @@ def test_tables_leave_out_what_nobody_measured():
             {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 9},
             {"per_token": 2 * 2 * 2 * 16 * 2, "constant": 2 * 2 * 2 * 16 * 2 * 8},
         ),
+        (
+            {"quantization_config": {"kv_cache_scheme": {"num_bits": 4, "symmetric": False}}},
+            {"per_token": 2 * 4 * 2 * (16 // 2 + 3), "constant": 0},
+        ),
     ],
 )
 def test_cache_bytes(extra, want):
