@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.formats import WeightFormat, kv_scheme, quantization_config, refusals
@@ -73,7 +73,7 @@ class GptqConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    damp: float = Field(0.1, gt=0, description="Added to the diagonal of H, as a share of its mean.")
+    damp: float = Field(0.1, gt=0, le=10, description="Added to the diagonal of H, as a share of its mean.")
     act_order: bool = Field(True, description="Round the most important inputs first; groups stay in place.")
     block_size: int = Field(128, ge=1, description="Columns updated at a time.")
     sequential: bool = Field(True, description="Statistics of o, gate/up and down see the linears rounded before them.")
@@ -94,7 +94,7 @@ class TuneConfig(TrainConfig):
         0, ge=0, description="Optimizer updates; 0 skips the stage, which keeps the whole model in memory."
     )
     batch_size: int = Field(2, ge=1, description="Rows of data an update.")
-    learning_rate: float = Field(2e-3, gt=0, description="Peak learning rate, relative to each scale and gain.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate, relative to each scale and gain.")
 
 
 class FireqConfig(RecipeConfig):
@@ -137,6 +137,16 @@ class FireqConfig(RecipeConfig):
         "compressed-tensors", description="The standard; or ours, whose code travels along, so that the cache does too."
     )
     target: Literal["any", "transformers", "vllm"] = Field("any", description="Engine that has to take the result.")
+
+    @field_validator("ignore")
+    @classmethod
+    def _are_patterns(cls, patterns: list[str]) -> list[str]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+        return patterns
 
     @model_validator(mode="after")
     def _fits_together(self) -> FireqConfig:
@@ -194,14 +204,15 @@ class Fireq(Recipe):
         """Plain rounding looks at weights only."""
         c = self.config
         keys = c.kv.bits and (c.kv.pre_rope or c.kv.post_rope_channels or c.kv.center or c.kv.shape)
-        return c.rounding == "gptq" or c.scaling == "search" or bool(keys) or c.bits_budget is not None
+        trained = c.tune.steps > 0 or c.bits_budget is not None
+        return c.rounding == "gptq" or c.scaling == "search" or bool(keys) or trained
 
     def active_stages(self) -> list[Stage]:
         """Rotation and the bits budget are opt-in."""
         left_out = set() if self.config.rotate_residual else {"rotate_residual"}
         if self.config.bits_budget is None:
             left_out |= {"measure_sensitivity", "choose_formats"}
-        if not (self.config.tune.steps and self.needs_data()):
+        if not self.config.tune.steps:
             left_out.add("tune")
         return [stage for stage in self.stages() if stage.method not in left_out]
 
@@ -238,6 +249,7 @@ class Fireq(Recipe):
                 next_step="raise the budget, or use a larger group_size",
                 exit_code=ExitCode.USAGE,
             )
+        self._check_head_dim(model.heads[2])
         items = []
         for form in dict.fromkeys(formats.values()):
             names = [name for name, other in formats.items() if other == form]
@@ -264,6 +276,33 @@ class Fireq(Recipe):
             }[engine]  # fmt: skip
             items.append(PlanItem(f"for {engine}", f"no: {note}" if found else note))
         return items
+
+    def _check_head_dim(self, head_dim: int) -> None:
+        """Refuse rotations of heads that no known Hadamard matrix fits, and an odd number of cached channels."""
+        from kit.kernels.int4_fp8 import hadamard
+
+        kv = self.config.kv
+        options = [
+            *(["rotate_values=false"] if self.config.rotate_values and self.config.scheme != "FP8" else []),
+            *(["kv.rotate=false"] if kv.bits and kv.rotate else []),
+        ]
+        try:
+            if options:
+                hadamard(head_dim)
+        except ValueError as error:
+            raise KitError(
+                str(error),
+                where="config.json: head_dim",
+                next_step=f"add {' '.join('--set ' + option for option in options)}",
+                exit_code=ExitCode.USAGE,
+            ) from error
+        if kv.bits and head_dim % 2:
+            raise KitError(
+                f"an INT4 cache packs two numbers a byte, and heads of {head_dim} are odd",
+                where="config.json: head_dim",
+                next_step="add --set kv.bits=null",
+                exit_code=ExitCode.USAGE,
+            )
 
     def formats(self, model: ModelFacts) -> dict[str, WeightFormat]:
         """Each quantized linear's format, by its name in the model.
@@ -297,6 +336,13 @@ class Fireq(Recipe):
                 + (f" and {len(uneven) - 7} more" if len(uneven) > 7 else ""),
                 where=f"recipe {self.name}: group_size",
                 next_step="use a size that divides, or leave it out: it is then chosen for each linear",
+                exit_code=ExitCode.USAGE,
+            )
+        if not formats:
+            raise KitError(
+                "every linear is ignored: nothing is left to quantize",
+                where=f"recipe {self.name}: ignore",
+                next_step="leave some linears out of the patterns",
                 exit_code=ExitCode.USAGE,
             )
         if unused := [pattern for pattern, hits in ignored.items() if not hits]:

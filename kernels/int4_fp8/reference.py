@@ -237,7 +237,7 @@ def dequantize_kv(packed: Tensor, symmetric: bool, dtype: torch.dtype) -> Tensor
     """Undo `quantize_kv`: (B, G, T, bytes) uint8 -> (B, G, T, D) in `dtype`."""
     tail = 2 if symmetric else 3
     halves, rest = packed[..., :-tail], packed[..., -tail:]
-    scale = rest[..., :2].contiguous().view(torch.bfloat16).float()
+    scale = rest[..., :2].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
     codes = torch.cat([halves & 15, halves >> 4], dim=-1).float() + INT4_MIN
     if not symmetric:
         codes = codes - (rest[..., 2:].float() + INT4_MIN)

@@ -353,3 +353,10 @@ def test_hadamard_is_orthonormal(size):
 def test_hadamard_of_an_unknown_order(size):
     with pytest.raises(ValueError, match=str(size)):
         hadamard(size)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_token_of_one_head(symmetric):
+    x = normal(1, 1, 1, 16)
+    rounded = dequantize_kv(quantize_kv(x, symmetric), symmetric, torch.float32)
+    assert float((rounded - x).abs().max()) <= float(x.abs().max()) / 7

@@ -208,6 +208,8 @@ def test_a_budget_buys_fp8_linears(quantize):
     [
         (("group_size=48",), "do not divide"),
         (("ignore=[re:.*nothing]",), "matches no linear"),
+        (("ignore=[re:.*]",), "nothing is left"),
+        (('ignore=["re:*down"]',), "no regular expression"),
         (("bits_budget=4.1",), "bits a weight"),
         (("target=vllm",), "groups of 128 only"),
     ],
