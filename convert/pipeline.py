@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +260,8 @@ class _Conversion:
                 self.allocate(step, recipe, stage)
             else:
                 assert rows is not None
-                self.train(step, recipe, stage, rows, self.streamed(before, before_view, recipe.float32))
+                original = partial(self.streamed, before, before_view, recipe.float32)
+                self.train(step, recipe, stage, rows, original)
         self.config = recipe.build(self.facts(before))
 
     def facts(self, config: dict[str, Any]) -> ModelFacts:
@@ -411,7 +414,9 @@ class _Conversion:
             self.work.commit(step, {}, done)
         recipe.allocation |= done
 
-    def train(self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, original: StreamedModel) -> None:
+    def train(
+        self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, original: Callable[[], StreamedModel]
+    ) -> None:
         """Run a train stage: the whole converted model resident."""
         done = self.work.metrics(step)
         if done is None:

@@ -189,14 +189,14 @@ class TrainRun:
         rows: the calibration rows.
         device: where the model lives.
         progress: report steps and losses here.
-        original: the model before this recipe, one layer resident at a time: a teacher.
+        original: makes the model before this recipe, one layer resident at a time: a teacher.
     """
 
     model: Any
     rows: TokenRows
     device: str
     progress: Progress
-    original: StreamedModel
+    original: Callable[[], StreamedModel]
 
 
 @dataclass

@@ -135,11 +135,12 @@ class QuantizedLinear(nn.Module):
             self._dense = dense if x.device.type == "cpu" and not trained else None
         else:
             dense = self._dense
+        inputs = x.float()
         if self.fp8_inputs and self.quantize_inputs:
-            if not torch.is_grad_enabled():
+            if not (trained or (torch.is_grad_enabled() and x.requires_grad)):
                 return int4_fp8_linear(x, dense, self.bias)
-            x = straight_through(x, round_activations)
-        y = F.linear(x.float(), dense, None if self.bias is None else self.bias.float())
+            inputs = straight_through(inputs, round_activations)
+        y = F.linear(inputs, dense, None if self.bias is None else self.bias.float())
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -226,12 +227,9 @@ class AttentionQuantization(nn.Module):
 
     def round(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What the cache would give back of keys and values (B, G, T, D); gradients pass."""
-
-        def stored(both: Tensor) -> Tensor:
-            packed = self.pack(*both.chunk(2, dim=1))
-            return torch.cat([self.unpack(x, both.dtype) for x in packed], dim=1)
-
-        return straight_through(torch.cat([k, v], dim=1), stored).chunk(2, dim=1)  # type: ignore[return-value]
+        with torch.no_grad():
+            stored_k, stored_v = (self.unpack(x, k.dtype) for x in self.pack(k, v))
+        return straight_through(k, lambda _: stored_k), straight_through(v, lambda _: stored_v)
 
     def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """Undo `pack` for keys or for values."""

@@ -279,23 +279,14 @@ class Fireq(Recipe):
 
     def _check_head_dim(self, head_dim: int) -> None:
         """Refuse rotations of heads that no known Hadamard matrix fits, and an odd number of cached channels."""
-        from kit.kernels.int4_fp8 import hadamard
-
         kv = self.config.kv
         options = [
             *(["rotate_values=false"] if self.config.rotate_values and self.config.scheme != "FP8" else []),
             *(["kv.rotate=false"] if kv.bits and kv.rotate else []),
         ]
-        try:
-            if options:
-                hadamard(head_dim)
-        except ValueError as error:
-            raise KitError(
-                str(error),
-                where="config.json: head_dim",
-                next_step=f"add {' '.join('--set ' + option for option in options)}",
-                exit_code=ExitCode.USAGE,
-            ) from error
+        if options:
+            advice = f"add {' '.join('--set ' + option for option in options)}"
+            _require_hadamard(head_dim, where="config.json: head_dim", next_step=advice)
         if kv.bits and head_dim % 2:
             raise KitError(
                 f"an INT4 cache packs two numbers a byte, and heads of {head_dim} are odd",
@@ -404,18 +395,9 @@ class Fireq(Recipe):
         return int(model.config["vocab_size"]) * int(model.config["hidden_size"]) if tied else 0
 
     def _rotation_cost(self, model: ModelFacts) -> str:
-        from kit.kernels.int4_fp8 import hadamard
-
         hidden = int(model.config["hidden_size"])
-        try:
-            hadamard(hidden)
-        except ValueError as error:
-            raise KitError(
-                str(error),
-                where=f"recipe {self.name}: rotate_residual",
-                next_step="leave the residual stream as it is (rotate_residual=false)",
-                exit_code=ExitCode.USAGE,
-            ) from error
+        where, advice = f"recipe {self.name}: rotate_residual", "leave the residual stream as it is"
+        _require_hadamard(hidden, where=where, next_step=f"{advice} (rotate_residual=false)")
         added = 2 * self._head_size(model)
         return f"residual stream by a Hadamard matrix of {hidden}; untying the head adds {added / 1e6:,.1f} MB"
 
@@ -557,7 +539,8 @@ class Fireq(Recipe):
 
         rows, device, model = run.rows, run.device, run.model
         with run.progress.task("fireq: outputs of the original", 1):
-            teacher, head = streamed_hidden(run.original, rows.input_ids, rows.position_ids), run.original.head()
+            original = run.original()
+            teacher, head = streamed_hidden(original, rows.input_ids, rows.position_ids), original.head()
         trained: list[tuple[Any, str]] = []
         for module in list(model.modules()):
             if isinstance(module, QuantizedLinear):
@@ -944,6 +927,18 @@ class _RecordedAttention:
     def query_moment(self) -> Tensor:
         """Σ q qᵀ over tokens and the query heads of each key/value head, (G, D, D) fp32."""
         return self._moment.unflatten(0, (self._heads, -1)).sum(1)
+
+
+def _require_hadamard(size: int, *, where: str, next_step: str) -> None:
+    """Refuse a size for which no Hadamard matrix is known; planning on powers of two does not load torch."""
+    if size & (size - 1) == 0:
+        return
+    from kit.kernels.int4_fp8 import hadamard
+
+    try:
+        hadamard(size)
+    except ValueError as error:
+        raise KitError(str(error), where=where, next_step=next_step, exit_code=ExitCode.USAGE) from error
 
 
 def _relative(start: Tensor) -> Any:

@@ -1,7 +1,12 @@
 """Tiny random models that tests convert, run and measure."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -42,3 +47,37 @@ def make_model(tmp_path_factory):
         return folder
 
     return make
+
+
+WITHOUT_KIT = """
+import sys, torch
+sys.modules["kit"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+path, ids, logits, trust = sys.argv[1:]
+model, info = AutoModelForCausalLM.from_pretrained(
+    path, dtype=torch.float32, trust_remote_code=trust == "True", output_loading_info=True
+)
+assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+with torch.no_grad():
+    save_file({"logits": model(load_file(ids)["ids"]).logits}, logits)
+"""
+
+
+@pytest.fixture
+def logits_without_kit(tmp_path):
+    """A function that gives a checkpoint's logits in a process that cannot import `kit`; no key may be left over."""
+
+    def run(path, ids, trust_remote_code=False):
+        given, made = tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"
+        save_file({"ids": ids}, given)
+        subprocess.run(
+            [sys.executable, "-c", WITHOUT_KIT, path, given, made, str(trust_remote_code)],
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+            timeout=600,
+        )
+        return load_file(made)["logits"]
+
+    return run

@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 
+from kit.recipes import available
+
 KIT = [sys.executable, "-m", "kit.cli"]
 SMALL = ["--set", "window_size=8", "--num-samples", "4", "--seq-len", "24", "-b", "2", "--eval-tokens", "0", "-q"]
 SHORT = [*SMALL, "--set", "transfer.steps=2", "--set", "lora.steps=2"]
@@ -69,7 +71,7 @@ def test_convert_eval_chat_inspect(model, tmp_path):
     assert facts["cache_bytes"] == {"per_token": 0, "constant": 2 * (2 * 16 * 2 * 7 + 32 * 17 * 4)}
     assert facts["parameters_by_part"]["linear attention"] == 2 * (3 * 16 * 16 + 2)
     facts = json.loads(kit("inspect", model, "--json").stdout)
-    assert facts["recipes"]["lolcats"] is None
+    assert facts["recipes"] == dict.fromkeys(available())
     assert facts["cache_bytes"] == {"per_token": 2 * 2 * 16 * 2, "constant": 0}
     assert sum(facts["parameters_by_part"].values()) == facts["parameters"]
 

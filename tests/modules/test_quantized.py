@@ -36,7 +36,7 @@ def config_of(family="llama", **extra):
     )
 
 
-def quantization(symmetric=False, post_rope=False, kv=True, query="fp8", **extra):
+def quantization(symmetric=False, post_rope=False, kv=True, query="fp8"):
     formats = {f"model.layers.{i}.{name}": WeightFormat(4, 32) for i in range(2) for name in LINEARS}
     options = {"query": query, "table": False, "center": True, "rotate": True, "shape": True, "post_rope": post_rope}
     return quantization_config(
@@ -44,7 +44,7 @@ def quantization(symmetric=False, post_rope=False, kv=True, query="fp8", **extra
         untouched=["lm_head"],
         fp8_inputs=True,
         kv=kv_scheme(HEAD_DIM, symmetric) if kv else None,
-        extra=options | extra,
+        extra=options,
         method="compressed-tensors",
     )
 

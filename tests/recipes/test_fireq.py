@@ -1,9 +1,6 @@
 """The FireQ recipe on tiny random models: formats that others read, the cache, errors before weights load."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -65,23 +62,9 @@ def test_folds_keep_the_function_and_rounding_beats_plain_rounding(quantize, fam
     ],
     ids=str,
 )
-def test_compressed_tensors_reads_the_standard_format(quantize, overrides):
+def test_compressed_tensors_reads_the_standard_format(quantize, logits_without_kit, overrides):
     _, out, _ = quantize(*PLAIN, *overrides)
-    script = """
-import sys, torch
-sys.modules["kit"] = None
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
-assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-ids = load_file(sys.argv[2])["ids"]
-with torch.no_grad():
-    save_file({"logits": model(ids).logits}, sys.argv[3])
-"""
-    ids, logits = out.parent / "ids.safetensors", out.parent / "logits.safetensors"
-    save_file({"ids": IDS}, ids)
-    subprocess.run([sys.executable, "-c", script, out, ids, logits], check=True, cwd=out.parent, timeout=120)
-    theirs = load_file(logits)["logits"].float()
+    theirs = logits_without_kit(out, IDS).float()
     with torch.no_grad():
         ours = kit.load(str(out), dtype="float32")(IDS).logits.float()
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-2
@@ -121,27 +104,12 @@ def test_decoding_with_the_packed_cache_equals_one_pass(quantize):
     assert cache.layers[0].keys.shape == (2, 2, 40, 16 // 2 + 3)
 
 
-def test_our_own_format_brings_its_code(quantize, tmp_path):
+def test_our_own_format_brings_its_code(quantize, logits_without_kit):
     _, out, _ = quantize("format=kit")
     assert not (out / "kit_cache.safetensors").exists()
-    script = """
-import sys, torch
-sys.modules["kit"] = None
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, trust_remote_code=True)
-with torch.no_grad():
-    save_file({"logits": model(load_file(sys.argv[2])["ids"]).logits}, sys.argv[3])
-"""
-    ids, logits = tmp_path / "ids.safetensors", tmp_path / "logits.safetensors"
-    save_file({"ids": IDS}, ids)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run(
-        [sys.executable, "-c", script, out, ids, logits], check=True, cwd=tmp_path, env=environment, timeout=120
-    )
     with torch.no_grad():
         ours = kit.load(str(out), dtype="float32")(IDS).logits
-    torch.testing.assert_close(load_file(logits)["logits"], ours)
+    torch.testing.assert_close(logits_without_kit(out, IDS, trust_remote_code=True), ours)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(quantize, make_model, monkeypatch):
