@@ -489,10 +489,13 @@ def _continue(model: Any, first: Tensor, uniform: Tensor, blocked: Tensor, progr
     """Sample rows (B, T) from their first tokens (B,): the token at t inverts the distribution at `uniform[:, t]`."""
     import torch
 
-    ids, cache = [first.to(model.device)], None
+    from kit.modules.cache import carried_cache
+
+    ids: list[Tensor] = [first.to(model.device)]
+    cache: dict[str, Any] = {}
     for draw in uniform.to(model.device).T[1:]:
-        out = model(ids[-1][:, None], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(ids[-1][:, None], use_cache=True, **cache)
+        cache = carried_cache(out)
         logits = out.logits[:, -1].float().masked_fill(blocked, -torch.inf)
         cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
         total = cumulative[:, -1]

@@ -198,6 +198,8 @@ def _mean(values: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def _speed(model: Any, device: str) -> dict[str, float]:
     """Prefill and decode, batch 1, median of three; decode goes on from a prompt with the model's own cache."""
+    from kit.modules.cache import carried_cache
+
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, DECODE_PROMPT), generator=generator).to(model.device)
 
@@ -211,10 +213,11 @@ def _speed(model: Any, device: str) -> dict[str, float]:
         start = clock()
         out = model(prompt, use_cache=True, logits_to_keep=1)
         prefill.append(clock() - start)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        cache = carried_cache(out)
+        token = out.logits[:, -1:].argmax(-1)
         start = clock()
         for _ in range(DECODE_TOKENS // 3):
-            out = model(token, past_key_values=cache, use_cache=True)
+            out = model(token, use_cache=True, **cache)
             token = out.logits[:, -1:].argmax(-1)
         decode.append(clock() - start)
     return {

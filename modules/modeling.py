@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from kit.modules.cache import cache_argument
 from kit.modules.linear_attention import CacheSlot, HybridLinearAttention
 
 ATTENTION = "kit_linear"
@@ -50,14 +51,12 @@ class LinearizedAttention:
             **config.linear_attention,
         )
 
-    def forward(self, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """Like the family's attention; remembers where the cache stood before this step."""
-        slot = None
-        if past_key_values is not None:
-            slot = CacheSlot(past_key_values, self.layer_idx, self.config.sliding_window)  # type: ignore[attr-defined]
-        return super().forward(  # type: ignore[misc]
-            hidden_states=hidden_states, past_key_values=past_key_values, cache_slot=slot, **kwargs
-        )
+        slot, cache = None, kwargs.get(cache_argument(kwargs))
+        if cache is not None:
+            slot = CacheSlot(cache, self.layer_idx, self.config.sliding_window)  # type: ignore[attr-defined]
+        return super().forward(hidden_states=hidden_states, cache_slot=slot, **kwargs)  # type: ignore[misc]
 
     def attend(
         self,
@@ -144,7 +143,6 @@ class LinearizedModel(LinearizedPreTrained):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -162,13 +160,12 @@ class LinearizedModel(LinearizedPreTrained):
         if attention_mask is not None and position_ids is None:
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        elif attention_mask is None and position_ids is not None and past_key_values is None:
+        elif attention_mask is None and position_ids is not None and kwargs.get(cache_argument(kwargs)) is None:
             segment_ids = packed_segments(position_ids)
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask={LAYER_TYPE: None} if self.masks_by_layer_type else None,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             padding_mask=attention_mask,
             segment_ids=segment_ids,

@@ -43,6 +43,7 @@ from kit.kernels.int4_fp8 import (
     table_weight,
     unpack_int4,
 )
+from kit.modules.cache import cache_argument
 
 METHOD = "kit"
 ATTENTION = "kit_quantized"
@@ -305,7 +306,8 @@ class _QuantizingCache:
 
 def _quantize_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of an attention layer."""
-    return args, {**kwargs, "past_key_values": _QuantizingCache(module.quantization, kwargs.get("past_key_values"))}
+    name = cache_argument(kwargs)
+    return args, {**kwargs, name: _QuantizingCache(module.quantization, kwargs.get(name))}
 
 
 def _attention(inner: str) -> str:

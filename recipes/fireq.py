@@ -894,8 +894,10 @@ class _RecordedAttention:
         return k, v
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        from kit.modules.cache import cache_argument
+
         self._cos_sin = kwargs["position_embeddings"]
-        return args, {**kwargs, "past_key_values": self}
+        return args, {**kwargs, cache_argument(kwargs): self}
 
     def _see_queries(self, module: Any, args: Any, output: Tensor) -> None:
         import torch
