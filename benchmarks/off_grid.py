@@ -4,11 +4,9 @@
 
 SmolLM2 comes out of a GGUF file of type Q4_1, whose weights lie on a 4-bit grid (asymmetric, 32 weights a group): 4-bit
 quantization looks better on it than it is. Here each input channel of q/k/v, gate/up, down and o is multiplied by
-exp(sigma · n), n standard normal, and the inverse is folded into what produces the channel: the norm's gain, the
-rows of
-up_proj, the rows of v_proj (query heads that share a key/value head share its factors). In exact arithmetic the
-model is
-the same; written as bfloat16 it differs by rounding.
+exp(sigma · n), n standard normal, and the inverse is folded into what produces the channel: the norm's gain, the rows
+of up_proj, the rows of v_proj (query heads that share a key/value head share its factors). In exact arithmetic the
+model is the same; written as bfloat16 it differs by rounding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Quantized weights in compressed-tensors' terms, and which engines take the result.
 
 The rules about engines are facts about their loaders (vLLM's compressed-tensors schemes W4A8-FP8, W4A16 and FP8, and
-its
-KV cache scheme, as of its 0.2x releases), checked at planning so that nobody finds out after the work is done.
+its KV cache scheme, as of its 0.2x releases), checked at planning so that nobody finds out after the work is done.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def quantization_config(
     """Return the `quantization_config` of config.json.
 
     `format` stands inside every group too: with the top-level key alone the library infers another format for FP8
-    inputs,
-    finds none of the weights, and fills in random numbers.
+    inputs, finds none of the weights, and fills in random numbers.
 
     Args:
         formats: each quantized linear's format, by module name.

@@ -55,8 +55,8 @@ def fit_grid(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tu
     """Choose scales and zero points.
 
     Without clipping: symmetric scale = max|w| / 7.5, asymmetric (max - min) / 15 over a range that holds 0. With it:
-    the
-    best of 21 shares of that, by Σ importance · (w - ŵ)² over the group, and of both signs if the grid is `signed`.
+    the best of 21 shares of that, by Σ importance · (w - ŵ)² over the group, and of both signs if the grid is
+    `signed`.
 
     Args:
         weight: (N, K).
@@ -201,8 +201,7 @@ def gptq(
     """Round column by column, each rounding error spread over the columns to come (GPTQ, arXiv:2210.17323, Alg. 1).
 
     Scales are fixed beforehand, so with `act_order` (columns in order of falling H_kk) groups stay where they are in
-    the
-    file and no `g_idx` is needed.
+    the file and no `g_idx` is needed.
 
     Args:
         weight: (N, K).

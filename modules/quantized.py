@@ -1,15 +1,13 @@
 """What a quantized checkpoint runs on: linears of packed INT4 or FP8 weights, FP8 queries and the packed INT4 cache.
 
-`quantize_modules` puts them into a model of any family, as a `quantization_config` in compressed-tensors' terms
-says. What
-goes beyond that standard is how queries are rounded and how keys and values are encoded; it stands under the key "kit",
-which other readers ignore, since it changes no weight:
+`quantize_modules` puts them into a model of any family, as a `quantization_config` in compressed-tensors' terms says.
+What goes beyond that standard is how queries are rounded and how keys and values are encoded; it stands under the key
+"kit", which other readers ignore, since it changes no weight:
 
     {"query": "fp8" or null, "center": bool, "rotate": bool, "post_rope": bool, "shape": bool, "table": bool}
 
 Its tensors lie in a file of their own, SIDECAR. A checkpoint of `quant_method: "kit"` holds them among its weights,
-has a
-model_type of its own, and carries this code, so that it runs the same where `kit` was never installed.
+has a model_type of its own, and carries this code, so that it runs the same where `kit` was never installed.
 """
 
 from __future__ import annotations
@@ -68,10 +66,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer whose weight is stored as compressed-tensors stores it; shapes N output, K input features.
 
     Parameters: INT4 has weight_packed (N, ceil(K / 8)) int32, weight_scale (N, K / g), weight_shape (2,) int64 and,
-    with
-    zero points, weight_zero_point (ceil(N / 8), K / g) int32, packed along its first dimension. FP8 has weight (N,
-    K) e4m3
-    and weight_scale (N, 1). Both may have bias (N,).
+    with zero points, weight_zero_point (ceil(N / 8), K / g) int32, packed along its first dimension. FP8 has weight
+    (N, K) e4m3 and weight_scale (N, 1). Both may have bias (N,).
 
     Args:
         in_features: K.
@@ -157,8 +153,7 @@ class AttentionQuantization(nn.Module):
     """How one attention layer's queries, keys and values are rounded; `self_attn.quantization` of a quantized model.
 
     None of what is done to keys changes attention, but for rounding: queries undo scales and rotations, and a vector
-    that is
-    taken from all keys adds the same number to all scores of a query, which softmax does not see.
+    that is taken from all keys adds the same number to all scores of a query, which softmax does not see.
 
     Parameters, G key/value heads, D head dim, each there if its option is on:
         key_mean: (G, D), taken from keys after RoPE (`center`).

@@ -9,10 +9,9 @@ The method moves outliers to where the number formats can hold them, at no cost 
    - value rotation: each head's v rows and o columns times a Hadamard matrix;
    - channel scaling: input channels of a linear times s = 1 / mean|W|, the producer's outputs over s (section 3.2);
    - RoPE-aware scaling (section 3.3): keys over s, queries times s, one s for the two channels that RoPE rotates
-   into each
-     other; after RoPE, opt-in, the largest channels too;
+     into each other; after RoPE, opt-in, the largest channels too;
    - rounding: clipping search, GPTQ with the FP8 rounding of the inputs in its second moment, then scales fitted to
-   codes.
+     codes.
 """
 
 from __future__ import annotations
@@ -225,8 +224,7 @@ class Fireq(Recipe):
 
         Raises:
             KitError: on a group size that does not divide, a pattern that matches nothing, a budget that is too
-            small, a
-                Hadamard matrix that is not known, or an engine (`target`) that would not take the result.
+                small, a Hadamard matrix that is not known, or an engine (`target`) that would not take the result.
         """
         super().plan(model)
         if "quantization_config" in model.config:
@@ -751,10 +749,9 @@ class Fireq(Recipe):
         """Choose how keys and values are encoded: what costs the scores q·k least, by E q qᵀ and calibration keys.
 
         RoPE-aware scaling (section 3.3): before RoPE each rotary pair is divided by m^e, m its largest length over
-        tokens
-        and e searched (the paper: 1); after it, opt-in, the largest channels of each head and their partners are
-        brought
-        to the median size. Then the mean, and the noise shaping: for keys by E q qᵀ, for values by o_projᵀ o_proj.
+        tokens and e searched (the paper: 1); after it, opt-in, the largest channels of each head and their partners
+        are brought to the median size. Then the mean, and the noise shaping: for keys by E q qᵀ, for values by o_projᵀ
+        o_proj.
         """
         import torch
 

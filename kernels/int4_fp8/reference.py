@@ -2,8 +2,8 @@
 
 Plain PyTorch, fp32 arithmetic; the specification that faster code is checked against. FireQ (arXiv:2505.20839),
 sections
-3.1 to 3.3. Letters: N output features, K input features, g group size, M tokens, B batch, G key/value heads, T time,
-D head dim.
+3.1 to 3.3. Letters: N output features, K input features, g group size, M tokens, B batch, G key/value heads, T time, D
+head dim.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def table_weight(codes: Tensor, scale: Tensor, per_tensor: float) -> Tensor:
     """The weight that FireQ's table look-up kernel multiplies with: every product code · scale is rounded to e4m3.
 
     The kernel holds a table {-8σ, ..., 7σ} of e4m3 numbers for each group, σ = e4m3(scale · T), and multiplies its
-    result
-    with 1/T (section 3.1; the authors' accuracy simulation leaves this rounding out).
+    result with 1/T (section 3.1; the authors' accuracy simulation leaves this rounding out).
 
     Args:
         codes: (N, K), int8.
@@ -156,14 +155,12 @@ def int4_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def quantize_kv(x: Tensor, symmetric: bool, order: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
     """Quantize keys or values to INT4, one scale a token and head, really packed.
 
-    Symmetric: scale = max|x| / 7.5. Asymmetric: scale = (max - min) / 15 over a range that holds 0, and a zero
-    point. Scales
-    are bf16 and rounded before the codes are chosen.
+    Symmetric: scale = max|x| / 7.5. Asymmetric: scale = (max - min) / 15 over a range that holds 0, and a zero point.
+    Scales are bf16 and rounded before the codes are chosen.
 
     Codes are the nearest, or, with `order` and `factor` from `shaping_factor`, noise-shaped: channel by channel, each
-    rounding error spread over the channels to come so that what reads x (queries; the output projection) sees least
-    of it.
-    Who reads the cache need not know.
+    rounding error spread over the channels to come so that what reads x (queries; the output projection) sees least of
+    it. Who reads the cache need not know.
 
     Args:
         x: (B, G, T, D), D even.
@@ -173,10 +170,8 @@ def quantize_kv(x: Tensor, symmetric: bool, order: Tensor | None = None, factor:
 
     Returns:
         (B, G, T, D / 2 + 2 or 3) uint8: element d in the low half of byte d and element d + D/2 in the high half, as
-        code
-        + 8; then the scale's two bytes, then the zero point + 8. One tensor, so that everything a cache does with
-        its keys
-        (crop, reorder, repeat) keeps scales and codes together.
+        code + 8; then the scale's two bytes, then the zero point + 8. One tensor, so that everything a cache does with
+        its keys (crop, reorder, repeat) keeps scales and codes together.
     """
     x = x.float()
     if symmetric:
@@ -208,8 +203,7 @@ def shaping_factor(metric: Tensor, damp: float = 0.1) -> tuple[Tensor, Tensor]:
 
     Returns:
         The channels by falling M_dd, (G, D) int32, and (G, D, D) fp32 with unit diagonal: row i says what of channel
-        i's
-        error goes to each later channel, both counted in that order.
+        i's error goes to each later channel, both counted in that order.
     """
     metric = metric.double()
     mean = metric.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
