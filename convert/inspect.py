@@ -60,11 +60,13 @@ def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:
     facts = ModelFacts(config, {})
     heads, kv_heads, head_dim = facts.heads
     keys_and_values = 2 * kv_heads * head_dim * bytes_each
-    if kv := (config.get("quantization_config") or {}).get("kv_cache_scheme"):
+    quantization = config.get("quantization_config") or {}
+    if kv := quantization.get("kv_cache_scheme"):
         each = head_dim * kv["num_bits"] // 8 + 2 + (not kv["symmetric"])  # numbers, scale, zero point
         keys_and_values = 2 * kv_heads * each
     window, linear = config.get("sliding_window"), config.get("linear_attention")
-    found = {"per_token": 0, "constant": 0}
+    latest = (quantization.get("kit") or {}).get("window") or 0  # tokens kept in 16 bits beside the packed cache
+    found = {"per_token": 0, "constant": 2 * kv_heads * head_dim * bytes_each * max(latest - 1, 0) * facts.num_layers}
     for kind in config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * facts.num_layers:
         if kind == "full_attention" or not window:
             found["per_token"] += keys_and_values

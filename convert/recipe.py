@@ -99,7 +99,7 @@ def layer_stage(
 
 
 def allocate_stage(function: Callable) -> Callable:
-    """Mark `method(self, stats: dict[str, list[dict]], model: ModelFacts) -> dict`: a choice from the layers' metrics."""
+    """Mark `method(self, stats: dict[str, list[dict]], model: ModelFacts) -> dict`: choices from layers' metrics."""
     return _mark("allocate")(function)
 
 

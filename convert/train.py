@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from kit.convert.recipe import TrainConfig
 
 
+def bf16_is_fast(device: str) -> bool:
+    """Whether matrix products in bf16 beat those in fp32: on GPUs, and on CPUs with instructions for it."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device != "cpu" or any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
 def fit(
-    parameters: Iterable[nn.Parameter],
+    groups: list[dict[str, Any]],
     loss_of: Callable[[Tensor], Tensor],
     num_rows: int,
     config: TrainConfig,
@@ -29,7 +35,8 @@ def fit(
     """Minimise a loss over rows of data.
 
     Args:
-        parameters: what to train; they are made trainable here and frozen again at the end.
+        groups: what to train, as torch's optimizers take it: {"params": [...]}, with an "lr" of its own or not. The
+            parameters are made trainable here and frozen again at the end.
         loss_of: maps row numbers (micro batch,) to their mean loss.
         num_rows: rows there are; each epoch is a new seeded permutation.
         config: steps, batch sizes, learning rate.
@@ -47,10 +54,12 @@ def fit(
     from accelerate import Accelerator
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    trained = [parameter.requires_grad_(True) for parameter in parameters]
+    trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    for parameter in trained:
+        parameter.requires_grad_(True)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
     optimizer = accelerator.prepare(
-        torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     )
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(config.warmup_ratio * config.steps), config.steps, min_lr_rate=0.1

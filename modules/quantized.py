@@ -4,7 +4,8 @@
 What goes beyond that standard is how queries are rounded and how keys and values are encoded; it stands under the key
 "kit", which other readers ignore, since it changes no weight:
 
-    {"query": "fp8" or null, "center": bool, "rotate": bool, "post_rope": bool, "shape": bool, "table": bool}
+    {"query": "fp8" or null, "center": bool, "rotate": bool, "post_rope": bool, "shape": bool, "window": int,
+     "table": bool}
 
 Its tensors lie in a file of their own, SIDECAR. A checkpoint of `quant_method: "kit"` holds them among its weights,
 has a model_type of its own, and carries this code, so that it runs the same where `kit` was never installed.
@@ -35,6 +36,7 @@ from kit.kernels.int4_fp8 import (
     dequantize_weight,
     hadamard,
     int4_fp8_linear,
+    pack_int4,
     per_tensor_factor,
     quantize_kv,
     round_activations,
@@ -45,6 +47,7 @@ from kit.modules.cache import cache_argument
 
 METHOD = "kit"
 ATTENTION = "kit_quantized"
+QUERY_BLOCK = 512  # queries that attend at a time where some keys are read in two forms
 SIDECAR, SIDECAR_MARK = "kit_cache.safetensors", ".quantization."
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 ABLATIONS = {  # name: what is switched off
@@ -60,6 +63,11 @@ def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.no_grad():
         change = rounding(x) - x
     return x + change
+
+
+def round_codes(codes: Tensor) -> Tensor:
+    """The nearest of INT4's levels, -8 to 7."""
+    return codes.round().clamp(-8, 7)
 
 
 class QuantizedLinear(nn.Module):
@@ -107,15 +115,31 @@ class QuantizedLinear(nn.Module):
             self.weight = parameter(out_features, in_features, dtype=torch.float8_e4m3fn)
         self.weight_scale = parameter(out_features, groups)
         self.register_parameter("bias", parameter(out_features) if bias else None)
+        self.codes: nn.Parameter | None = None  # (N, K) fp32, only while they are trained
         self._dense: Tensor | None = None
-        self._codes: Tensor | None = None
+
+    def train_codes(self) -> nn.Parameter:
+        """Unpack the codes into `codes`: numbers that are rounded in each forward pass, to be trained.
+
+        `pack_codes` ends it. Until then `weight_packed` is not read.
+        """
+        self.codes = nn.Parameter(unpack_int4(self.weight_packed, self.in_features).float(), requires_grad=False)
+        return self.codes
+
+    def pack_codes(self) -> None:
+        """Write `codes` back, rounded."""
+        assert self.codes is not None
+        self.weight_packed.copy_(pack_int4(round_codes(self.codes)))
+        self.codes, self._dense = None, None
 
     def dequantize(self) -> Tensor:
-        """Return the weight, (N, K) fp32. Codes stay unpacked while scales are trained."""
+        """Return the weight, (N, K) fp32."""
         if not self.int4:
             return self.weight.float() * self.weight_scale.float()
-        codes = unpack_int4(self.weight_packed, self.in_features) if self._codes is None else self._codes
-        self._codes = codes if self.weight_scale.requires_grad else None
+        if self.codes is None:
+            codes = unpack_int4(self.weight_packed, self.in_features)
+        else:
+            codes = straight_through(self.codes, round_codes)
         zero = getattr(self, "weight_zero_point", None)
         if zero is not None:
             zero = unpack_int4(zero.T, self.out_features).T
@@ -178,6 +202,7 @@ class AttentionQuantization(nn.Module):
     def __init__(self, kv: dict[str, Any] | None, options: dict[str, Any], heads: tuple[int, int]) -> None:
         super().__init__()
         self.kv, self.query_fp8, self.rotate = kv, options.get("query") == "fp8", bool(options.get("rotate"))
+        self.window = int(options.get("window") or 0)
         self.quantize_kv = self.quantize_query = True
         g, d = heads
 
@@ -237,20 +262,68 @@ def _rotation(size: int, device: torch.device) -> Tensor:
     return hadamard(size).to(device, torch.float32)
 
 
+def _joined(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([before[0], after[0]], dim=2), torch.cat([before[1], after[1]], dim=2)
+
+
 def _rotate(x: Tensor) -> Tensor:
     return (x.float() @ _rotation(x.shape[-1], x.device)).to(x.dtype)
 
 
 class _Packed:
-    """Mixed into a cache layer of transformers: keys and values are stored as `quantize_kv` packs them."""
+    """Mixed into a cache layer of transformers: keys and values are stored as `quantize_kv` packs them.
+
+    The latest also stay as they were (`latest`, two tensors (B, G, up to window - 1, D)): they are read unrounded.
+    """
 
     quantization: AttentionQuantization
+    latest: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store new keys and values (B, G, T, D) and return all of them, dequantized."""
-        packed = self.quantization.pack(key_states, value_states)
-        keys, values = super().update(*packed, *args, **kwargs)  # type: ignore[misc]
+        """Store new keys and values (B, G, T, D) and return all of them, dequantized.
+
+        `latest` holds all that these T queries may read unrounded, until `forget` cuts it to what the next may.
+        """
+        new = (key_states, value_states)
+        keys, values = super().update(*self.quantization.pack(*new), *args, **kwargs)  # type: ignore[misc]
+        if self.quantization.window:
+            self.latest = new if self.latest is None else _joined(self.latest, new)
         return tuple(self.quantization.unpack(x, key_states.dtype) for x in (keys, values))  # type: ignore[return-value]
+
+    def forget(self) -> None:
+        """Keep unrounded what is in the window of the next query."""
+        self._change_latest(lambda x: x[:, :, max(x.shape[2] - self.quantization.window + 1, 0) :])
+
+    def _change_latest(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.latest is not None:
+            self.latest = change(self.latest[0]), change(self.latest[1])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """As transformers' layer does, the unrounded part too; so the methods below."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._change_latest(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._change_latest(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some sequences."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._change_latest(lambda x: x[indices, ...])
+
+    def crop(self, *args: Any) -> None:
+        """Take tokens back; those that had left the window stay rounded."""
+        before = self.get_seq_length()  # type: ignore[attr-defined]
+        super().crop(*args)  # type: ignore[misc]
+        removed = before - self.get_seq_length()  # type: ignore[attr-defined]
+        self._change_latest(lambda x: x[:, :, : max(x.shape[2] - removed, 0)])
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[misc]
+        self.latest = None
 
 
 class Int4Layer(_Packed, DynamicLayer):
@@ -270,17 +343,38 @@ class Int4SlidingWindowLayer(_Packed, DynamicSlidingWindowLayer):
 
 
 class _QuantizingCache:
-    """Stands in for the cache during one attention call: what is written to it, or used without it, is rounded once."""
+    """Stands in for the cache during one attention call: what is written to it, or used without it, is rounded once.
+
+    `latest` holds the last keys and values unrounded, where several queries read them so, each within its own window.
+    """
 
     def __init__(self, quantization: AttentionQuantization, cache: Any) -> None:
         self.quantization, self.cache = quantization, cache
+        self.latest: tuple[Tensor, Tensor] | None = None
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         k = self.quantization.keys(k)
-        rounds = self.quantization.kv is not None and self.quantization.quantize_kv
-        if rounds and not (self.cache is not None and self._packed_layer(layer_idx)):  # no cache, or one of fixed size
-            k, v = self.quantization.round(k, v)
-        return (k, v) if self.cache is None else self.cache.update(k, v, layer_idx, *args, **kwargs)
+        if self.quantization.kv is None or not self.quantization.quantize_kv:
+            return (k, v) if self.cache is None else self.cache.update(k, v, layer_idx, *args, **kwargs)
+        if self.cache is None:
+            rounded, latest = self.quantization.round(k, v), (k, v)
+        elif self._packed_layer(layer_idx):
+            layer = self.cache.layers[layer_idx]
+            rounded, latest = self.cache.update(k, v, layer_idx, *args, **kwargs), layer.latest
+            layer.forget()
+        else:  # of fixed size: it holds rounded numbers, the latest too
+            return self.cache.update(*self.quantization.round(k, v), layer_idx, *args, **kwargs)
+        return self._unrounded(rounded, latest, k.shape[2])
+
+    def _unrounded(self, all_: tuple[Tensor, Tensor], latest: Any, queries: int) -> tuple[Tensor, Tensor]:
+        """Put the latest keys and values where they are read; with several queries, that is left to the attention."""
+        if not self.quantization.window:
+            return all_
+        latest = tuple(x[:, :, -all_[0].shape[2] :] for x in latest)  # a sliding window may hold fewer
+        if queries > 1 and all_[0].shape[2] > self.quantization.window:
+            self.latest = latest
+            return all_
+        return tuple(torch.cat([x[:, :, : -y.shape[2]], y], 2) for x, y in zip(all_, latest, strict=True))  # type: ignore[return-value]
 
     def _packed_layer(self, index: int) -> bool:
         """Whether the cache packs this layer; an empty growing layer is replaced by one that does."""
@@ -302,23 +396,103 @@ class _QuantizingCache:
 def _quantize_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of an attention layer."""
     name = cache_argument(kwargs)
-    return args, {**kwargs, name: _QuantizingCache(module.quantization, kwargs.get(name))}
+    cache = _QuantizingCache(module.quantization, kwargs.get(name))
+    return args, {**kwargs, name: cache, "quantizing_cache": cache}
 
 
 def _attention(inner: str) -> str:
     """Register attention that rounds queries and then runs the implementation `inner`; return its name."""
     name = f"{ATTENTION}_{inner}"
 
-    def forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        quantization = getattr(module, "quantization", None)
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        quantizing_cache: _QuantizingCache | None = None,
+        **kwargs: Any,
+    ) -> Any:
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(inner, _eager(module))
-        return attend(
-            module, query if quantization is None else quantization.queries(query), key, value, *args, **kwargs
-        )
+        if quantizing_cache is not None:
+            query = quantizing_cache.quantization.queries(query)
+            if quantizing_cache.latest is not None:
+                window, latest = quantizing_cache.quantization.window, quantizing_cache.latest
+                return _attend_in_two_forms(module, query, (key, value), latest, attention_mask, window, **kwargs), None
+        return attend(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(name, forward)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[inner])
     return name
+
+
+def _attend_in_two_forms(
+    module: nn.Module,
+    query: Tensor,
+    rounded: tuple[Tensor, Tensor],
+    latest: tuple[Tensor, Tensor],
+    attention_mask: Any,
+    window: int,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention that reads the last `window` keys before each query unrounded and those before them rounded.
+
+    A block of queries attends to the rounded keys, then to the unrounded ones, with a mask that lets each query see
+    every key in one form; no tensor is quadratic in T.
+
+    Args:
+        module: the attention layer.
+        query: (B, H, T, D).
+        rounded: all S keys and values, (B, G, S, D).
+        latest: the last of them, unrounded, (B, G, R, D); R is min(S, window - 1 + T), or less after a `crop`.
+        attention_mask: as transformers makes it for the implementation: None (causal), (B, S) padding, or
+            (B or 1, 1, T, S) of bool or of numbers to add.
+        window: keys, the query's own included.
+        sliding_window: keys that may be seen at all, where no 4-D mask says it.
+        kwargs: of the attention implementation.
+
+    Returns:
+        (B, T, H, D).
+
+    Raises:
+        ValueError: on a mask of another kind (flex attention's).
+    """
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"the INT4 cache cannot read a mask of type {type(attention_mask).__name__}\n"
+            "  where: attn_implementation\n"
+            '  next:  load the model with attn_implementation="sdpa"'
+        )
+    num_queries, num_keys = query.shape[2], rounded[0].shape[2]
+    past, first = num_keys - num_queries, num_keys - latest[0].shape[2]
+    kwargs["is_causal"] = False  # the mask says it
+    outputs = []
+    for start in range(0, num_queries, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, num_queries)
+        end = past + stop
+        old, near = max(end - window, first, 0), max(past + start - window + 1, first)
+        rows = torch.arange(past + start, end, device=query.device)[:, None]
+        columns = torch.cat([torch.arange(old, device=query.device), torch.arange(near, end, device=query.device)])
+        distance = rows - columns
+        is_rounded = torch.arange(len(columns), device=query.device) < old
+        visible = ((distance >= window) | (columns < first)) == is_rounded
+        if attention_mask is None or attention_mask.ndim == 2:
+            visible = visible & (distance >= 0) & (distance < (sliding_window or num_keys))
+            if attention_mask is not None:
+                visible = visible & attention_mask[:, None, None, columns].bool()
+        else:
+            given = attention_mask[:, :, start:stop, columns]
+            visible = visible & (given if given.dtype == torch.bool else given == 0)
+        if visible.ndim == 2:
+            visible = visible[None, None]
+        keys, values = (
+            torch.cat([x[:, :, :old], y[:, :, near - first : end - first]], dim=2)
+            for x, y in zip(rounded, latest, strict=True)
+        )
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        outputs.append(attend(module, query[:, :, start:stop], keys, values, visible, **kwargs)[0])
+    return torch.cat(outputs, dim=1)
 
 
 def _eager(module: nn.Module) -> Any:

@@ -61,6 +61,7 @@ class KvConfig(BaseModel):
     post_rope_channels: int = Field(0, ge=0, description="Scale so many key channels a head after RoPE, at run time.")
     center: bool = Field(True, description="Take the mean key from all keys at run time: softmax does not see it.")
     rotate: bool = Field(True, description="Hadamard rotation of queries and keys after RoPE, at run time.")
+    window: int = Field(128, ge=0, description="A query reads so many latest keys and values in 16 bits; 0: none.")
     shape: bool = Field(
         True,
         description="Noise-shaped codes: rounding errors go where queries and the output projection see them least.",
@@ -87,13 +88,14 @@ class GptqConfig(BaseModel):
 
 
 class TuneConfig(TrainConfig):
-    """Group scales and norm gains, trained on the whole model to give the original's next-token distribution."""
+    """Codes, scales and norm gains, trained on the whole model to give the original's next-token distribution."""
 
     steps: int = Field(
         0, ge=0, description="Optimizer updates; 0 skips the stage, which keeps the whole model in memory."
     )
     batch_size: int = Field(2, ge=1, description="Rows of data an update.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate, relative to each scale and gain.")
+    code_learning_rate: float = Field(0.01, ge=0, description="The same for codes, in steps of the grid; 0 fixes them.")
 
 
 class FireqConfig(RecipeConfig):
@@ -256,7 +258,8 @@ class Fireq(Recipe):
         items.append(PlanItem("weights", f"{bits / weights:.3f} bits each, scales included; {self._inputs()}"))
         if self.config.kv.bits:
             kind = "symmetric" if self.config.kv.symmetric else "with zero points"
-            items.append(PlanItem("cache", f"INT4 {kind}, a scale a token and head, two numbers a byte"))
+            latest = f"; the latest {self.config.kv.window} tokens in 16 bits" if self.config.kv.window else ""
+            items.append(PlanItem("cache", f"INT4 {kind}, a scale a token and head, two numbers a byte{latest}"))
         if self.config.rotate_residual:
             items.append(PlanItem("rotation", self._rotation_cost(model)))
         reasons = refusals(config, shapes, self.config.signed_scales)
@@ -372,7 +375,7 @@ class Fireq(Recipe):
         every = [f"model.layers.{i}.{linear}" for i in range(model.num_layers) for linear in LINEARS]
         extra: dict[str, Any] = {"query": c.query, "table": c.fp8_scales}
         if c.kv.bits:
-            extra |= {"center": c.kv.center, "rotate": c.kv.rotate, "shape": c.kv.shape}
+            extra |= {"center": c.kv.center, "rotate": c.kv.rotate, "shape": c.kv.shape, "window": c.kv.window}
             extra["post_rope"] = c.kv.post_rope_channels > 0
         return quantization_config(
             formats,
@@ -521,19 +524,20 @@ class Fireq(Recipe):
 
     @train_stage
     def tune(self, run: TrainRun) -> dict[str, Any]:
-        """Train group scales and norm gains, codes fixed, by KL(original ‖ quantized) of the next token.
+        """Train codes, group scales and norm gains by KL(original ‖ quantized) of the next token.
 
-        What is trained is relative, s = s₀ (1 + δ), so that one learning rate fits all. Roundings pass gradients
-        straight through. (Scales end to end with fixed codes: EfficientQAT, arXiv:2407.11062, section 3.3, there with
-        the next-token loss.)
+        A code c becomes round(c + δ), as in SignRound (arXiv:2309.05516), there layer by layer; the optimizer gives
+        every δ the same speed, so only those tip over whose gradients agree. Scales and gains are trained relatively,
+        s = s₀ (1 + δ), so that one learning rate fits all. Roundings pass gradients straight through. (Scales end to
+        end, with fixed codes: EfficientQAT, arXiv:2407.11062, section 3.3, there with the next-token loss.)
         """
         import torch
         from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
         from kit.convert.rounding import Grid, round_scale
         from kit.convert.streaming import streamed_hidden
-        from kit.convert.train import fit
-        from kit.modules.quantized import QuantizedLinear
+        from kit.convert.train import bf16_is_fast, fit
+        from kit.modules.quantized import QuantizedLinear, round_codes
 
         rows, device, model = run.rows, run.device, run.model
         with run.progress.task("fireq: outputs of the original", 1):
@@ -547,10 +551,18 @@ class Fireq(Recipe):
                 trained.append((module, "weight"))
         for module, name in trained:
             register_parametrization(module, name, _relative(getattr(module, name).detach()))
+        options = self.config.tune
+        rounded = [module for module, name in trained if name == "weight_scale" and module.int4]
+        codes = [module.train_codes() for module in rounded]
+        before = [code.to(torch.int8) for code in codes]
+        groups: list[dict[str, Any]] = [{"params": [m.parametrizations[name].original for m, name in trained]}]
+        if options.code_learning_rate:
+            groups.append({"params": codes, "lr": options.code_learning_rate})
 
         def loss(batch: Tensor) -> Tensor:
             ids, positions = (x[batch].to(device) for x in (rows.input_ids, rows.position_ids))
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16_is_fast(device)):
+                logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
             with torch.no_grad():
                 expected = head(teacher[batch].to(device)).float().log_softmax(-1)
             found = logits.float().log_softmax(-1)
@@ -558,10 +570,9 @@ class Fireq(Recipe):
                 found.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean"
             )
 
-        options = self.config.tune
         with run.progress.task("fireq: tune, steps", options.steps):
             losses = fit(
-                [module.parametrizations[name].original for module, name in trained],
+                groups,
                 loss,
                 len(rows.input_ids),
                 options,
@@ -577,7 +588,14 @@ class Fireq(Recipe):
             found = getattr(module, name)
             int4 = name == "weight_scale" and module.int4
             found.copy_(round_scale(found, grid) if int4 else found.bfloat16())
-        return {"losses": losses, "trained_parameters": sum(getattr(m, n).numel() for m, n in trained)}
+        moved = sum(int((round_codes(new) != old).sum()) for new, old in zip(codes, before, strict=True))
+        for module in rounded:
+            module.pack_codes()
+        return {
+            "losses": losses,
+            "trained_parameters": sum(getattr(m, n).numel() for m, n in trained) + sum(map(torch.numel, before)),
+            "codes_changed": moved / max(sum(map(torch.numel, before)), 1),
+        }
 
     def _sites_to_weigh(self) -> list[str]:
         """First linears of the sites whose inputs' moments in the original model are needed."""

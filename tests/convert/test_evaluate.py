@@ -92,6 +92,10 @@ def test_tables_leave_out_what_nobody_measured():
             {"quantization_config": {"kv_cache_scheme": {"num_bits": 4, "symmetric": False}}},
             {"per_token": 2 * 4 * 2 * (16 // 2 + 3), "constant": 0},
         ),
+        (
+            {"quantization_config": {"kv_cache_scheme": {"num_bits": 4, "symmetric": True}, "kit": {"window": 9}}},
+            {"per_token": 2 * 4 * 2 * (16 // 2 + 2), "constant": 2 * 4 * 2 * 16 * 2 * 8},
+        ),
     ],
 )
 def test_cache_bytes(extra, want):

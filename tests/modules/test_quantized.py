@@ -1,14 +1,27 @@
 """Quantized modules in whole models: the packed cache with padding, windows, beams and steps; gradients; ablations."""
 
+import inspect
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+)
 
 from kit.convert.formats import WeightFormat, kv_scheme, quantization_config
 from kit.kernels.int4_fp8 import pack_int4, round_activations, shaping_factor
+from kit.modules.cache import cache_argument, carried_cache
 from kit.modules.quantized import (
     AttentionQuantization,
     QuantizedLinear,
+    _attend_in_two_forms,
     quantize_modules,
     straight_through,
     switched_off,
@@ -16,6 +29,7 @@ from kit.modules.quantized import (
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 HEAD_DIM = 16
+CACHE = cache_argument(inspect.signature(LlamaForCausalLM.forward).parameters)
 LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
@@ -36,9 +50,10 @@ def config_of(family="llama", **extra):
     )
 
 
-def quantization(symmetric=False, post_rope=False, kv=True, query="fp8"):
+def quantization(symmetric=False, post_rope=False, kv=True, query="fp8", window=0):
     formats = {f"model.layers.{i}.{name}": WeightFormat(4, 32) for i in range(2) for name in LINEARS}
     options = {"query": query, "table": False, "center": True, "rotate": True, "shape": True, "post_rope": post_rope}
+    options["window"] = window
     return quantization_config(
         formats,
         untouched=["lm_head"],
@@ -89,11 +104,11 @@ def assert_near(logits, expected):
 @torch.no_grad()
 def stepwise(model, ids, prompt, **options):
     state = model(ids[:, :prompt], use_cache=True, **options)
-    logits, cache = [state.logits], state.past_key_values
+    logits, cache = [state.logits], carried_cache(state)
     for position in range(prompt, ids.shape[1]):
-        state = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+        state = model(ids[:, position : position + 1], use_cache=True, **cache)
         logits.append(state.logits)
-    return torch.cat(logits, dim=1), cache
+    return torch.cat(logits, dim=1), next(iter(cache.values()))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -118,17 +133,111 @@ def test_a_sliding_window_keeps_packed_keys_of_the_window_only():
     assert cache.layers[0].keys.dtype == torch.uint8
 
 
+def attention_of_two_forms(monkeypatch, window, sliding=None):
+    """Let the layers compute, query by query in float64, what reading the last `window` keys unrounded means."""
+
+    def attend(module, query, rounded, latest, attention_mask, given, **kwargs):
+        assert given == window
+        out = torch.empty(query.shape, dtype=torch.float64)
+        groups = query.shape[1] // rounded[0].shape[1]
+        past = rounded[0].shape[2] - query.shape[2]
+        for t in range(query.shape[2]):
+            end = past + t + 1  # of the keys that query t sees
+            start = 0 if sliding is None else max(end - sliding, 0)
+            near = min(window, end - start)
+            stop = latest[0].shape[2] - query.shape[2] + t + 1  # the same end, counted in the latest
+            k, v = (
+                torch.cat([x[:, :, start : end - near], y[:, :, stop - near : stop]], 2).double()
+                for x, y in zip(rounded, latest, strict=True)
+            )
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+            weights = (query[:, :, t, None].double() @ k.mT * kwargs["scaling"]).softmax(-1)
+            out[:, :, t] = (weights @ v)[:, :, 0]
+        return out.transpose(1, 2).to(query.dtype)
+
+    monkeypatch.setattr("kit.modules.quantized._attend_in_two_forms", attend)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("sliding", "window"), [(None, 5), (None, 40), (12, 5)])
+@torch.no_grad()
+def test_the_latest_keys_are_read_unrounded(monkeypatch, sliding, window, implementation):
+    config = config_of("mistral", sliding_window=sliding, attn_implementation=implementation)
+    model, ids = make(config=config, window=window), tokens(33)
+    monkeypatch.setattr("kit.modules.quantized.QUERY_BLOCK", 8)
+    got = model(ids, use_cache=False).logits
+    attention_of_two_forms(monkeypatch, window, sliding)
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits, atol=2e-3, rtol=2e-3)
+    with switched_off(model, ("kv",)):
+        exact = model(ids, use_cache=False).logits
+    first = min(window, 33)
+    torch.testing.assert_close(got[:, :first], exact[:, :first], atol=1e-4, rtol=1e-4)
+    assert window > 33 or not torch.allclose(got[:, first:], exact[:, first:], atol=1e-2)
+
+
+@pytest.mark.parametrize("sliding", [None, 9])
+@pytest.mark.parametrize("prompt", [1, 3, 10, 20])
+@torch.no_grad()
+def test_steps_and_chunks_read_the_latest_keys_as_one_pass_does(sliding, prompt):
+    model = make(config=config_of("mistral", sliding_window=sliding), window=6)
+    ids = tokens(24)
+    whole = model(ids, use_cache=False).logits
+    logits, cache = stepwise(model, ids, prompt)
+    assert_near(logits, whole)
+    assert cache.layers[0].latest[0].shape[2] == 5  # the window without the query's own key
+    cache, parts = DynamicCache(config=model.config), []
+    for part in ids.split([prompt, 2, 24 - prompt - 2], dim=1):
+        parts.append(model(part, use_cache=True, **{CACHE: cache}).logits)
+    assert_near(torch.cat(parts, 1), whole)
+
+
+@torch.no_grad()
+def test_a_cropped_cache_reads_what_it_still_holds():
+    """After a crop, what had left the window stays rounded: between all rounded and the uncropped cache."""
+    model, ids = make(window=6), tokens(20)
+    _, cache = stepwise(model, ids, 16)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 17
+    assert cache.layers[0].latest[0].shape[2] == 2
+    for part in (ids[:, 17:18], ids[:, 18:20]):
+        logits = model(part, use_cache=True, **{CACHE: cache}).logits
+    whole = model(ids, use_cache=False).logits[:, 18:]
+    assert float((logits - whole).norm() / whole.norm()) < 0.15
+    cache.batch_select_indices(torch.tensor([1]))
+    cache.batch_repeat_interleave(3)
+    assert cache.layers[0].latest[1].shape[0] == cache.layers[0].values.shape[0] == 3
+    cache.reset()
+    assert cache.layers[0].latest is None
+
+
+@torch.no_grad()
+def test_packed_sequences_do_not_see_each_other_through_the_window():
+    model, ids = make(window=6), tokens(20)
+    positions = torch.cat([torch.arange(11), torch.arange(9)]).expand(2, -1)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    assert_near(packed[:, 11:], model(ids[:, 11:], use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_mask_that_cannot_be_read_is_refused():
+    model = make(window=4)
+    x = torch.zeros(1, 1, 2, 16)
+    with pytest.raises(ValueError, match="attn_implementation"):
+        _attend_in_two_forms(model, x, (x, x), (x, x), object(), 4)
+
+
 @torch.no_grad()
 def test_a_static_cache_holds_rounded_numbers():
     model, ids = make(), tokens(12)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    logits, _ = stepwise(model, ids, 7, past_key_values=cache)
+    logits, _ = stepwise(model, ids, 7, **{CACHE: cache})
     assert_near(logits, model(ids, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("window", [0, 4])
 @torch.no_grad()
-def test_left_padding_changes_nothing():
-    model, ids = make(), tokens(11, batch=1)
+def test_left_padding_changes_nothing(window):
+    model, ids = make(window=window), tokens(11, batch=1)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
     mask = (torch.arange(16) >= 5).long()[None]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -141,10 +250,11 @@ def test_left_padding_changes_nothing():
     assert torch.equal(generated[:1, 16:], alone[:, 11:])
 
 
+@pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
 @torch.no_grad()
-def test_generate_with_and_without_the_cache(options):
-    model, ids = make(), tokens(9)
+def test_generate_with_and_without_the_cache(options, window):
+    model, ids = make(window=window), tokens(9)
     known = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, **options}
     assert torch.equal(model.generate(ids, **known), model.generate(ids, use_cache=False, **known))
 

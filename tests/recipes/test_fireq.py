@@ -11,6 +11,7 @@ from kit.convert.checkpoint import open_checkpoint
 from kit.convert.errors import KitError
 from kit.convert.pipeline import Options, convert
 from kit.convert.progress import Progress
+from kit.modules.cache import carried_cache
 from kit.recipes import load_recipes
 from kit.recipes.fireq import Fireq
 
@@ -90,18 +91,20 @@ def test_zero_points_are_packed_as_the_library_packs_them(quantize):
 
 @torch.no_grad()
 def test_decoding_with_the_packed_cache_equals_one_pass(quantize):
-    _, out, _ = quantize()
+    _, out, _ = quantize("kv.window=16")
     assert (out / "kit_cache.safetensors").exists()
     model = kit.load(str(out), dtype="float32")
     whole = model(IDS, use_cache=False).logits
     state = model(IDS[:, :30], use_cache=True)
-    logits, cache = [state.logits], state.past_key_values
+    logits, cache = [state.logits], carried_cache(state)
     for position in range(30, 40):
-        state = model(IDS[:, position : position + 1], past_key_values=cache, use_cache=True)
+        state = model(IDS[:, position : position + 1], use_cache=True, **cache)
         logits.append(state.logits)
+    cache = next(iter(cache.values()))
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=2e-3, rtol=2e-3)
     assert cache.layers[0].keys.dtype == torch.uint8
     assert cache.layers[0].keys.shape == (2, 2, 40, 16 // 2 + 3)
+    assert cache.layers[0].latest[0].shape == (2, 2, 15, 16)
 
 
 def test_our_own_format_brings_its_code(quantize, logits_without_kit):
