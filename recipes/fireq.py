@@ -10,8 +10,9 @@ The method moves outliers to where the number formats can hold them, at no cost 
    - channel scaling: input channels of a linear times s = 1 / mean|W|, the producer's outputs over s (section 3.2);
    - RoPE-aware scaling (section 3.3): keys over s, queries times s, one s for the two channels that RoPE rotates
      into each other; after RoPE, opt-in, the largest channels too;
-   - rounding: clipping search, GPTQ with the FP8 rounding of the inputs in its second moment, then scales fitted to
-     codes.
+   - rounding: clipping search, GPTQ with the FP8 rounding of the inputs in its second moment, then in turn scales
+     fitted to codes and coordinate descent over codes.
+4. `tune` (opt-in): codes, scales and norm gains trained on the whole model.
 """
 
 from __future__ import annotations
@@ -85,6 +86,9 @@ class GptqConfig(BaseModel):
     )
     weigh_tokens: bool = Field(True, description="Count an error relative to the residual stream that it is added to.")
     fit_scales: bool = Field(True, description="Fit group scales to the codes by least squares afterwards.")
+    sweeps: int = Field(
+        2, ge=0, description="Then so often: coordinate descent over the codes (and scales fitted to them again)."
+    )
 
 
 class TuneConfig(TrainConfig):
@@ -826,6 +830,7 @@ class Fireq(Recipe):
         from kit.convert.rounding import (
             Grid,
             Rounded,
+            descend,
             fit_grid,
             fit_scales,
             follow_targets,
@@ -878,8 +883,11 @@ class Fireq(Recipe):
                 raise KitError(
                     str(error), where=where, next_step="use more or other calibration text, or rounding=rtn"
                 ) from error
-            if options.fit_scales:
-                rounded = Rounded(rounded.codes, fit_scales(weight, rounded, second, grid, options.damp), zero)
+            for sweep in range(options.sweeps + 1):
+                if sweep:
+                    rounded = descend(weight, rounded, second, damp=options.damp, block_size=options.block_size)
+                if options.fit_scales:
+                    rounded = Rounded(rounded.codes, fit_scales(weight, rounded, second, grid, options.damp), zero)
         made.weight_packed.copy_(pack_int4(rounded.codes))
         made.weight_shape.copy_(torch.tensor(weight.shape))
         made.weight_scale.copy_(rounded.scale)

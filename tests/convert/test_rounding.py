@@ -7,6 +7,7 @@ import torch
 from kit.convert.rounding import (
     Grid,
     Rounded,
+    descend,
     fit_grid,
     fit_scales,
     follow_targets,
@@ -230,6 +231,44 @@ def test_gptq_beats_round_to_nearest(name, act_order):
     assert true_error(weight, rounded.dequantize(), moment) < 0.5 * true_error(weight, nearest.dequantize(), moment)
 
 
+def damped_error(weight, rounded, moment, damp):
+    """tr(E (H + λ) Eᵀ) of each row, in float64."""
+    moment = moment.double() + damp * moment.double().diagonal().mean() * torch.eye(len(moment)).double()
+    error = rounded.dequantize().double() - weight.double()
+    return ((error @ moment) * error).sum(-1)
+
+
+@pytest.mark.parametrize("block_size", [5, 128])
+@pytest.mark.parametrize("name", GRIDS)
+def test_coordinate_descent_ends_where_no_single_code_could_be_better(name, block_size):
+    weight, moment = normal(6, 24, seed=11), second_moment(24, seed=12)
+    scale, zero = fit_grid(weight, GRIDS[name])
+    rounded = round_to_nearest(weight, scale, zero)
+    errors = [damped_error(weight, rounded, moment, 0.05)]
+    for _ in range(30):
+        before, rounded = rounded, descend(weight, rounded, moment, damp=0.05, block_size=block_size)
+        errors.append(damped_error(weight, rounded, moment, 0.05))
+        assert bool((errors[-1] <= errors[-2] * (1 + 1e-5)).all())
+    assert torch.equal(rounded.codes, before.codes)
+    assert float(errors[1].sum()) < 0.9 * float(errors[0].sum())
+    for column in range(24):
+        for code in range(-8, 8):
+            other = rounded.codes.clone()
+            other[:, column] = code
+            change = damped_error(weight, Rounded(other, scale, zero), moment, 0.05)
+            assert bool((change >= errors[-1] * (1 - 1e-5)).all())
+
+
+def test_coordinate_descent_improves_on_gptq():
+    weight, moment = normal(16, 64, seed=6), second_moment(64, seed=7)
+    scale, zero = fit_grid(weight, GRIDS["signed"], moment.diagonal())
+    rounded, damp = gptq(weight, moment, scale, zero)
+    better = descend(weight, rounded, moment, damp=damp)
+    assert float(damped_error(weight, better, moment, damp).sum()) < 0.99 * float(
+        damped_error(weight, rounded, moment, damp).sum()
+    )
+
+
 def test_gptq_leaves_its_arguments_alone():
     weight, moment = normal(4, 16), second_moment(16)
     scale, _ = fit_grid(weight, Grid(8))
@@ -237,6 +276,7 @@ def test_gptq_leaves_its_arguments_alone():
     for act_order in (False, True):
         gptq(weight, moment, scale, None, act_order=act_order)
     fit_scales(weight, round_to_nearest(weight, scale, None), moment, Grid(8))
+    descend(weight, round_to_nearest(weight, scale, None), moment)
     follow_targets(weight, moment, moment, 0.1)
     assert all(torch.equal(a, b) for a, b in zip(before, (weight, moment, scale), strict=True))
 
