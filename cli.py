@@ -284,13 +284,33 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="The model they were made from.", show_default=False)] = None,
     dataset: Dataset = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window of --dataset.")] = 2048,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", "-t", help="Of lm-evaluation-harness: arc_easy,mmlu,gsm8k.", show_default=False),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in a task's prompt; else its own number.", show_default=False)
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Local files of the tasks; else they are downloaded.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Requests of tasks a forward pass.")] = 1,
     limit: Annotated[
-        int | None, typer.Option("--limit", "-L", help="At most so many windows.", show_default=False)
+        int | None,
+        typer.Option(
+            "--limit", "-L", help="At most so many windows, and samples a task (mmlu: a subject).", show_default=False
+        ),
     ] = None,
     num_tokens: Annotated[int, typer.Option(help="Held-out tokens sampled from the base; 0: none.")] = 4096,
     ablations: Annotated[bool, typer.Option("--ablations", help="Also the first, a branch taken away.")] = False,
     speed: Annotated[bool, typer.Option(help="Time prefill and decode.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the sampled text.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for results.json and the tasks' samples.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Take the samples that --output has.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --output.")] = False,
     dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -298,11 +318,12 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure perplexity, agreement with the base, speed and memory."""
+    """Measure perplexity, agreement with the base, tasks, speed and memory."""
     _libraries(verbose)
     from kit.convert.checkpoint import open_checkpoint
     from kit.convert.evaluate import evaluate as run
     from kit.convert.pipeline import resolve_device
+    from kit.convert.task_data import TaskOptions, parse_names
 
     short = [_short(name) for name in models]
     names = short if len(set(short)) == len(short) else models
@@ -319,6 +340,10 @@ def evaluate(
         device=resolve_device(device),
         ablations=ablations,
         speed=speed,
+        tasks=TaskOptions(parse_names(tasks), limit, num_fewshot, data_dir, batch_size) if tasks is not None else None,
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         progress=_progress(quiet or json_),
     )
@@ -443,6 +468,7 @@ def _command_line() -> str:
 
 def _libraries(verbose: bool) -> None:
     """Keep transformers and datasets from printing bars and notes over ours."""
+    import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -452,6 +478,7 @@ def _libraries(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|datasets)\b")
 
 
@@ -483,6 +510,11 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(rich_table(result["rows"]))
     console.print(settings_line(result["settings"]), highlight=False)
+    if "tasks" in result["settings"]:
+        from kit.convert.task_table import rich_task_table, tasks_line
+
+        console.print(rich_task_table(result["rows"]))
+        console.print(tasks_line(result["settings"]["tasks"]), highlight=False)
 
 
 def main() -> None:
@@ -516,7 +548,9 @@ def _fail(error: BaseException) -> None:
 
 def _interrupted() -> None:
     command = _command_line()
-    if any(f" {name} " in f" {command} " for name in ("convert", "quantize")) and "--resume" not in command:
+    started = any(name in sys.argv[1:] for name in ("convert", "quantize"))
+    started = started or ("eval" in sys.argv[1:] and any(a.startswith(("-o", "--output")) for a in sys.argv[1:]))
+    if started and "--resume" not in command:
         command += " --resume"
     print(f"interrupted: finished steps are kept\n  where: {Path.cwd()}\n  next:  {command}", file=sys.stderr)
     sys.exit(130)

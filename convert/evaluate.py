@@ -18,9 +18,11 @@ from torch import Tensor
 
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.data import perplexity_windows, read_documents, sample_from_model
+from kit.convert.eval_folder import EvalFolder
 from kit.convert.inspect import cache_bytes
 from kit.convert.measure import hardware, peak_memory, reset_peak_memory
 from kit.convert.progress import Progress
+from kit.convert.task_data import TaskOptions
 
 ROW_LENGTH = 512  # tokens of a held-out row sampled from the base model
 DECODE_PROMPT, DECODE_TOKENS = 256, 48
@@ -48,6 +50,10 @@ def evaluate(
     device: str = "cpu",
     ablations: bool = False,
     speed: bool = True,
+    tasks: TaskOptions | None = None,
+    output: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -65,18 +71,24 @@ def evaluate(
         device: where to run.
         ablations: also measure the first model with parts of what it does taken away.
         speed: also time prefill and decode.
+        tasks: tasks of lm-evaluation-harness to score.
+        output: folder for results.json and the samples of the tasks, written as they finish.
+        resume: take the samples that `output` has; everything else is measured again.
+        overwrite: replace what `output` has.
         trust_remote_code: allow a checkpoint's own code to run.
         progress: shows what is measured.
 
     Returns:
         `settings` and `rows`, one dict a model or ablation: `perplexity` (of the data set), `self_perplexity`, `kl` in
         nats, `top1`, each with its standard error, `prefill_tokens_per_second`, `decode_tokens_per_second`,
-        `peak_memory_bytes`.
+        `peak_memory_bytes`, and `tasks` (see `Tasks.run`).
 
     Raises:
-        KitError: if a model cannot be loaded or the data set not be read.
+        KitError: if a model cannot be loaded or the data set not be read, a task is unknown or its data broken, or
+            `output` holds results that were not asked to be replaced.
     """
     progress = progress or Progress()
+    folder = EvalFolder(output, resume=resume, overwrite=overwrite) if output else None
     first = base or next(iter(models.values()))
     tokenizer = first.load_tokenizer(trust_remote_code)
     text = _Text(None, None)
@@ -84,6 +96,21 @@ def evaluate(
         documents = read_documents(dataset, tokenizer=tokenizer)
         text.windows = perplexity_windows("\n\n".join(documents), tokenizer, seq_len, max_windows)
     todo = ([("base", base, True)] if base else []) + [(name, model, False) for name, model in models.items()]
+    harness = None
+    if tasks is not None:
+        from kit.convert.tasks import load_tasks
+
+        harness = load_tasks(tasks)
+
+        def logs(name: str, model: Checkpoint) -> Any:
+            kind = device.split(":")[0]
+            decides = {"model": model.fingerprint(), "dtype": str(model.compute_dtype(dtype)), "device": kind}
+            return harness.open_logs(folder, name, decides)
+
+        for name, checkpoint, _ in todo:
+            logs(name, checkpoint)  # refuses other samples before weights load
+        for note in harness.settings()["notes"]:
+            progress.log(f"note: {note}")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kit-eval-") as scratch:
         for name, checkpoint, is_base in todo:
@@ -101,14 +128,16 @@ def evaluate(
                 label = f"{name}, {variant}" if variant else name
                 with context:
                     row = {"name": label, **_quality(model, text, is_base, progress, label)}
-                if not variant:
-                    row |= _speed(model, device) if speed else {}
-                    row["peak_memory_bytes"] = peak_memory()
-                    row["bytes"] = checkpoint.nbytes
-                    row["cache_bytes"] = cache_bytes(checkpoint.config)
+                    if not variant:
+                        row |= _speed(model, device) if speed else {}
+                        row["peak_memory_bytes"] = peak_memory()
+                        row["bytes"] = checkpoint.nbytes
+                        row["cache_bytes"] = cache_bytes(checkpoint.config)
+                    if harness is not None:  # last: what the harness holds is not the model's memory
+                        row["tasks"] = harness.run(model, tokenizer, logs(label, checkpoint), progress, label)
                 rows.append(row)
             del model
-    return {
+    result = {
         "settings": {
             "sampled_tokens": text.sampled.numel() if text.sampled is not None else 0,
             "sampled_from": first.source if text.sampled is not None else None,
@@ -118,9 +147,13 @@ def evaluate(
             "window": seq_len,
             "dtype": dtype,
             "device": hardware(device),
+            **({"tasks": harness.settings()} if harness is not None else {}),
         },
         "rows": rows,
     }
+    if folder is not None:
+        folder.write(result)
+    return result
 
 
 def _variants(model: Any, ablations: bool) -> Iterator[tuple[str, AbstractContextManager]]:
