@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ def bf16_is_fast(device: str) -> bool:
 
 
 def fit(
-    groups: list[dict[str, Any]],
+    parameters: Iterable[nn.Parameter],
     loss_of: Callable[[Tensor], Tensor],
     num_rows: int,
     config: TrainConfig,
@@ -35,8 +35,7 @@ def fit(
     """Minimise a loss over rows of data.
 
     Args:
-        groups: what to train, as torch's optimizers take it: {"params": [...]}, with an "lr" of its own or not. The
-            parameters are made trainable here and frozen again at the end.
+        parameters: what to train; they are made trainable here and frozen again at the end.
         loss_of: maps row numbers (micro batch,) to their mean loss.
         num_rows: rows there are; each epoch is a new seeded permutation.
         config: steps, batch sizes, learning rate.
@@ -54,12 +53,10 @@ def fit(
     from accelerate import Accelerator
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    trained: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    trained = [parameter.requires_grad_(True) for parameter in parameters]
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
     optimizer = accelerator.prepare(
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     )
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, round(config.warmup_ratio * config.steps), config.steps, min_lr_rate=0.1

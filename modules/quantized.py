@@ -36,7 +36,6 @@ from kit.kernels.int4_fp8 import (
     dequantize_weight,
     hadamard,
     int4_fp8_linear,
-    pack_int4,
     per_tensor_factor,
     quantize_kv,
     round_activations,
@@ -63,11 +62,6 @@ def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     with torch.no_grad():
         change = rounding(x) - x
     return x + change
-
-
-def round_codes(codes: Tensor) -> Tensor:
-    """The nearest of INT4's levels, -8 to 7."""
-    return codes.round().clamp(-8, 7)
 
 
 class QuantizedLinear(nn.Module):
@@ -115,31 +109,15 @@ class QuantizedLinear(nn.Module):
             self.weight = parameter(out_features, in_features, dtype=torch.float8_e4m3fn)
         self.weight_scale = parameter(out_features, groups)
         self.register_parameter("bias", parameter(out_features) if bias else None)
-        self.codes: nn.Parameter | None = None  # (N, K) fp32, only while they are trained
         self._dense: Tensor | None = None
-
-    def train_codes(self) -> nn.Parameter:
-        """Unpack the codes into `codes`: numbers that are rounded in each forward pass, to be trained.
-
-        `pack_codes` ends it. Until then `weight_packed` is not read.
-        """
-        self.codes = nn.Parameter(unpack_int4(self.weight_packed, self.in_features).float(), requires_grad=False)
-        return self.codes
-
-    def pack_codes(self) -> None:
-        """Write `codes` back, rounded."""
-        assert self.codes is not None
-        self.weight_packed.copy_(pack_int4(round_codes(self.codes)))
-        self.codes, self._dense = None, None
+        self._codes: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """Return the weight, (N, K) fp32."""
+        """Return the weight, (N, K) fp32. Codes stay unpacked while scales are trained."""
         if not self.int4:
             return self.weight.float() * self.weight_scale.float()
-        if self.codes is None:
-            codes = unpack_int4(self.weight_packed, self.in_features)
-        else:
-            codes = straight_through(self.codes, round_codes)
+        codes = unpack_int4(self.weight_packed, self.in_features) if self._codes is None else self._codes
+        self._codes = codes if self.weight_scale.requires_grad else None
         zero = getattr(self, "weight_zero_point", None)
         if zero is not None:
             zero = unpack_int4(zero.T, self.out_features).T

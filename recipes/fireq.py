@@ -12,7 +12,7 @@ The method moves outliers to where the number formats can hold them, at no cost 
      into each other; after RoPE, opt-in, the largest channels too;
    - rounding: clipping search, GPTQ with the FP8 rounding of the inputs in its second moment, then in turn scales
      fitted to codes and coordinate descent over codes.
-4. `tune` (opt-in): codes, scales and norm gains trained on the whole model.
+4. `tune` (opt-in): scales and norm gains trained on the whole model.
 """
 
 from __future__ import annotations
@@ -92,14 +92,13 @@ class GptqConfig(BaseModel):
 
 
 class TuneConfig(TrainConfig):
-    """Codes, scales and norm gains, trained on the whole model to give the original's next-token distribution."""
+    """Group scales and norm gains, trained on the whole model to give the original's next-token distribution."""
 
     steps: int = Field(
         0, ge=0, description="Optimizer updates; 0 skips the stage, which keeps the whole model in memory."
     )
     batch_size: int = Field(2, ge=1, description="Rows of data an update.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate, relative to each scale and gain.")
-    code_learning_rate: float = Field(0.01, ge=0, description="The same for codes, in steps of the grid; 0 fixes them.")
 
 
 class FireqConfig(RecipeConfig):
@@ -528,12 +527,11 @@ class Fireq(Recipe):
 
     @train_stage
     def tune(self, run: TrainRun) -> dict[str, Any]:
-        """Train codes, group scales and norm gains by KL(original ‖ quantized) of the next token.
+        """Train group scales and norm gains, codes fixed, by KL(original ‖ quantized) of the next token.
 
-        A code c becomes round(c + δ), as in SignRound (arXiv:2309.05516), there layer by layer; the optimizer gives
-        every δ the same speed, so only those tip over whose gradients agree. Scales and gains are trained relatively,
-        s = s₀ (1 + δ), so that one learning rate fits all. Roundings pass gradients straight through. (Scales end to
-        end, with fixed codes: EfficientQAT, arXiv:2407.11062, section 3.3, there with the next-token loss.)
+        What is trained is relative, s = s₀ (1 + δ), so that one learning rate fits all. Roundings pass gradients
+        straight through. (Scales end to end with fixed codes: EfficientQAT, arXiv:2407.11062, section 3.3, there with
+        the next-token loss.)
         """
         import torch
         from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
@@ -541,7 +539,7 @@ class Fireq(Recipe):
         from kit.convert.rounding import Grid, round_scale
         from kit.convert.streaming import streamed_hidden
         from kit.convert.train import bf16_is_fast, fit
-        from kit.modules.quantized import QuantizedLinear, round_codes
+        from kit.modules.quantized import QuantizedLinear
 
         rows, device, model = run.rows, run.device, run.model
         with run.progress.task("fireq: outputs of the original", 1):
@@ -555,13 +553,6 @@ class Fireq(Recipe):
                 trained.append((module, "weight"))
         for module, name in trained:
             register_parametrization(module, name, _relative(getattr(module, name).detach()))
-        options = self.config.tune
-        rounded = [module for module, name in trained if name == "weight_scale" and module.int4]
-        codes = [module.train_codes() for module in rounded]
-        before = [code.to(torch.int8) for code in codes]
-        groups: list[dict[str, Any]] = [{"params": [m.parametrizations[name].original for m, name in trained]}]
-        if options.code_learning_rate:
-            groups.append({"params": codes, "lr": options.code_learning_rate})
 
         def loss(batch: Tensor) -> Tensor:
             ids, positions = (x[batch].to(device) for x in (rows.input_ids, rows.position_ids))
@@ -574,9 +565,10 @@ class Fireq(Recipe):
                 found.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean"
             )
 
+        options = self.config.tune
         with run.progress.task("fireq: tune, steps", options.steps):
             losses = fit(
-                groups,
+                [module.parametrizations[name].original for module, name in trained],
                 loss,
                 len(rows.input_ids),
                 options,
@@ -592,14 +584,7 @@ class Fireq(Recipe):
             found = getattr(module, name)
             int4 = name == "weight_scale" and module.int4
             found.copy_(round_scale(found, grid) if int4 else found.bfloat16())
-        moved = sum(int((round_codes(new) != old).sum()) for new, old in zip(codes, before, strict=True))
-        for module in rounded:
-            module.pack_codes()
-        return {
-            "losses": losses,
-            "trained_parameters": sum(getattr(m, n).numel() for m, n in trained) + sum(map(torch.numel, before)),
-            "codes_changed": moved / max(sum(map(torch.numel, before)), 1),
-        }
+        return {"losses": losses, "trained_parameters": sum(getattr(m, n).numel() for m, n in trained)}
 
     def _sites_to_weigh(self) -> list[str]:
         """First linears of the sites whose inputs' moments in the original model are needed."""

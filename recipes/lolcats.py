@@ -209,7 +209,7 @@ class Lolcats(Recipe):
                 attention(hidden_states=hidden, position_embeddings=rotary(hidden, where), attention_mask=None)
             _balance(attention, *seen[0])
         losses = fit(
-            [{"params": list(attention.linear_attention.parameters())}],
+            attention.linear_attention.parameters(),
             lambda rows: 1000 * error(rows),
             len(x),
             self.config.transfer,
@@ -249,7 +249,7 @@ class Lolcats(Recipe):
         trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         with run.progress.task("lolcats: low_rank_linearizing, steps", options.steps):
             losses = fit(
-                [{"params": trained}],
+                trained,
                 loss,
                 len(rows.input_ids),
                 options,

@@ -145,8 +145,9 @@ def test_what_is_ignored_and_the_embedding_stay_bit_equal(quantize):
 
 
 def test_tuning_brings_the_model_nearer_to_its_original_and_changes_no_code(quantize):
-    source, out, _ = quantize()
-    _, tuned, report = quantize("tune.steps=30", name="tuned", source=source)
+    options = ("rounding=rtn", "data.num_samples=31")  # much to gain, and rows enough not to learn them by heart
+    source, out, _ = quantize(*options)
+    _, tuned, report = quantize(*options, "tune.steps=30", name="tuned", source=source)
     losses = report["stages"]["fireq.tune"][0]["losses"]
     assert sum(losses[-4:]) < sum(losses[:4])
     base = kit.load(str(source), dtype="float32")
