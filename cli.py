@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -278,8 +280,10 @@ def _run_recipe(
     )
 
 
-@app.command("eval")
-def evaluate(
+def _measure(
+    run: Any,
+    open_model: Any,
+    /,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models to measure.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="The model they were made from.", show_default=False)] = None,
     dataset: Dataset = None,
@@ -304,6 +308,14 @@ def evaluate(
     num_tokens: Annotated[int, typer.Option(help="Held-out tokens sampled from the base; 0: none.")] = 4096,
     ablations: Annotated[bool, typer.Option("--ablations", help="Also the first, a branch taken away.")] = False,
     speed: Annotated[bool, typer.Option(help="Time prefill and decode.")] = True,
+    recall: Annotated[
+        str | None,
+        typer.Option(metavar="N,N", help="Recall from contexts of so many tokens.", show_default=False),
+    ] = None,
+    haystack: Annotated[
+        str | None, typer.Option(help="Text around --recall's needle; else --dataset.", show_default=False)
+    ] = None,
+    generations: Annotated[int, typer.Option(min=0, help="Held-out prompts to continue greedily.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampled text.")] = 1,
     output: Annotated[
         Path | None,
@@ -317,18 +329,17 @@ def evaluate(
     json_: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
-) -> None:
-    """Measure perplexity, agreement with the base, tasks, speed and memory."""
+) -> dict[str, Any]:
+    """Open the models and measure: what `eval` and `compare` share, and the options of both."""
     _libraries(verbose)
     from kit.convert.checkpoint import open_checkpoint
-    from kit.convert.evaluate import evaluate as run
     from kit.convert.pipeline import resolve_device
     from kit.convert.task_data import TaskOptions, parse_names
 
     short = [_short(name) for name in models]
     names = short if len(set(short)) == len(short) else models
-    opened = [open_checkpoint(model, trust_remote_code=trust_remote_code) for model in models]
-    result = run(
+    opened = [open_model(model, trust_remote_code=trust_remote_code) for model in models]
+    return run(
         dict(zip(names, opened, strict=True)),
         base=open_checkpoint(base, trust_remote_code=trust_remote_code) if base else None,
         num_tokens=num_tokens,
@@ -344,10 +355,81 @@ def evaluate(
         output=output,
         resume=resume,
         overwrite=overwrite,
+        recall=_lengths(recall),
+        haystack=haystack,
+        generations=generations,
         trust_remote_code=trust_remote_code,
         progress=_progress(quiet or json_),
     )
-    _print_json(result) if json_ else _print_evaluation(result)
+
+
+def _lengths(text: str | None) -> list[int] | None:
+    """The numbers of 512,1024,2048, ascending."""
+    from kit.convert.errors import ExitCode, KitError
+
+    if text is None:
+        return None
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise KitError(
+            f"'{text}' are no lengths", where="--recall", next_step="write 512,1024,2048", exit_code=ExitCode.USAGE
+        ) from error
+
+
+def _with_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `other` that it has not itself; they arrive in its `**options`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shared = inspect.signature(other, eval_str=True).parameters
+        own = inspect.signature(command, eval_str=True).parameters
+        named = {k: p for k, p in (shared | own).items() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)}
+        signature = inspect.Signature([p.replace(kind=keyword) for p in named.values()])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {name: p.annotation for name, p in named.items()}
+        return command
+
+    return decorate
+
+
+@app.command("eval")
+@_with_options_of(_measure)
+def evaluate(**options: Any) -> None:
+    """Measure perplexity, agreement with the base, recall, continuations, speed and memory."""
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.evaluate import evaluate as run
+
+    result = _measure(run, open_checkpoint, **options)
+    _print_json(result) if options["json_"] else _print_evaluation(result)
+
+
+@app.command()
+@_with_options_of(_measure)
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Models, or .json files of `kit eval --json`.", show_default=False),
+    ],
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file: quality against bytes and speed.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for compare.json, pareto.png and what eval writes.", show_default=False
+        ),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Measure several models, and say which differences between them are significant."""
+    from kit.convert.compare import check_files, open_or_read, write_comparison
+    from kit.convert.compare import compare as run
+
+    check_files(plot, output)
+    result = _measure(run, open_or_read, models=models, output=output, **options)
+    _print_json(result) if options["json_"] else _print_comparison(result)
+    write_comparison(result, plot, output)
 
 
 @app.command()
@@ -506,15 +588,36 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     from kit.convert.report import rich_table, settings_line
+    from kit.convert.tables import print_details
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(rich_table(result["rows"]))
     console.print(settings_line(result["settings"]), highlight=False)
+    _print_tasks(console, result)
+    print_details(console, result)
+
+
+def _print_tasks(console: Any, result: dict[str, Any]) -> None:
     if "tasks" in result["settings"]:
         from kit.convert.task_table import rich_task_table, tasks_line
 
         console.print(rich_task_table(result["rows"]))
         console.print(tasks_line(result["settings"]["tasks"]), highlight=False)
+
+
+def _print_comparison(result: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from kit.convert.report import settings_line
+    from kit.convert.tables import compared_table, comparison_table, print_details
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(compared_table(result["rows"], result["comparisons"]))
+    console.print(settings_line(result["settings"]), highlight=False)
+    if table := comparison_table(result["comparisons"]):
+        console.print(table)
+    _print_tasks(console, result)
+    print_details(console, result)
 
 
 def main() -> None:

@@ -277,7 +277,7 @@ def sample_from_model(
     import torch
 
     progress = progress or Progress()
-    allowed = _ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
+    allowed = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
     blocked = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
     blocked[allowed] = False
     batch_size = batch_size or _rows_at_once(model, seq_len)
@@ -473,12 +473,17 @@ def _string(row: dict[str, Any], column: str, where: str) -> str:
 def _document_ids(text: str, tokenizer: Any) -> list[int]:
     """Tokens of a document, with BOS if the tokenizer starts a text with it (a chat template writes its own)."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    opening = opening_ids(tokenizer)
+    return [*opening, *ids] if ids and ids[:1] != opening else ids
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """BOS, if the tokenizer starts a text with it, or nothing."""
     bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-    return [bos, *ids] if ids and adds_bos and ids[0] != bos else ids
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
 
 
-def _ordinary_tokens(tokenizer: Any, vocab_size: int) -> list[int]:
+def ordinary_tokens(tokenizer: Any, vocab_size: int) -> list[int]:
     """Ids in the vocabulary that are no special tokens, sorted."""
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     ids = set(tokenizer.get_vocab().values()) - special - set(tokenizer.all_special_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import statistics
 import tempfile
 import time
@@ -16,12 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kit.convert import generations as texts
+from kit.convert import perplexity
 from kit.convert.checkpoint import Checkpoint
+from kit.convert.compare import check_settings
 from kit.convert.data import perplexity_windows, read_documents, sample_from_model
+from kit.convert.errors import ExitCode, KitError
 from kit.convert.eval_folder import EvalFolder
 from kit.convert.inspect import cache_bytes
 from kit.convert.measure import hardware, peak_memory, reset_peak_memory
+from kit.convert.perplexity import mean_and_error
 from kit.convert.progress import Progress
+from kit.convert.recall import RecallTest, measure_recall, recall_test
 from kit.convert.task_data import TaskOptions
 
 ROW_LENGTH = 512  # tokens of a held-out row sampled from the base model
@@ -30,11 +36,14 @@ DECODE_PROMPT, DECODE_TOKENS = 256, 48
 
 @dataclass
 class _Text:
-    """What models are measured on: held-out text of the base (N, T), windows of a data set (M, T), or both."""
+    """What models are measured on: held-out text of the base (N, T), windows of a data set (M, T), and more."""
 
     sampled: Tensor | None
     windows: Tensor | None
+    words: int = 0  # of the windows
     base_log_probs: Tensor | None = None  # (N·T, vocabulary), on disk
+    recall: RecallTest | None = None
+    prompts: Tensor | None = None  # (N, P), to continue
 
 
 def evaluate(
@@ -54,6 +63,10 @@ def evaluate(
     output: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    recall: list[int] | None = None,
+    haystack: str | None = None,
+    generations: int = 0,
+    earlier: dict[str, dict[str, Any]] | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -61,7 +74,7 @@ def evaluate(
 
     Args:
         models: what to measure, by the name that the table shows.
-        base: the model they were made from; agreement (KL, top-1) is with it, on text that it samples.
+        base: the model they were made from; agreement (KL, top-1, top-5) is with it, on text that it samples.
         num_tokens: held-out tokens sampled from the base (0: none).
         dataset: text for perplexity by windows, as `--dataset` takes it.
         seq_len: tokens a window.
@@ -75,26 +88,64 @@ def evaluate(
         output: folder for results.json and the samples of the tasks, written as they finish.
         resume: take the samples that `output` has; everything else is measured again.
         overwrite: replace what `output` has.
+        recall: lengths in tokens of contexts to recall from; see `recall.py`.
+        haystack: text around the needle, as `--dataset` takes it; None: the data set's, or else made-up sentences.
+        generations: so many held-out prompts are continued greedily; from the data set, or else the sampled text.
+        earlier: results of `evaluate` by name, to stand beside this one: their settings have to be the same.
         trust_remote_code: allow a checkpoint's own code to run.
         progress: shows what is measured.
 
     Returns:
-        `settings` and `rows`, one dict a model or ablation: `perplexity` (of the data set), `self_perplexity`, `kl` in
-        nats, `top1`, each with its standard error, `prefill_tokens_per_second`, `decode_tokens_per_second`,
-        `peak_memory_bytes`, and `tasks` (see `Tasks.run`).
+        `settings` and `rows`, one dict a model or ablation: what `perplexity.measures` finds on the data set;
+        `self_perplexity`; `kl` in nats; `top1`: share of positions where base and model have the same most likely
+        token; `top5`: share where the base's most likely token is among the model's five; each with its standard error;
+        `recall` and `generations`; `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_memory_bytes`,
+        `bytes`, `cache_bytes`; `tasks` (see `Tasks.run`).
 
     Raises:
-        KitError: if a model cannot be loaded or the data set not be read, a task is unknown or its data broken, or
-            `output` holds results that were not asked to be replaced.
+        KitError: before weights load, if the data cannot be read or is too little for what is asked, a task is unknown
+            or its data broken, an earlier result has other settings, or `output` holds results that were not asked to
+            be replaced; later, if a model cannot be loaded.
     """
     progress = progress or Progress()
     folder = EvalFolder(output, resume=resume, overwrite=overwrite) if output else None
     first = base or next(iter(models.values()))
     tokenizer = first.load_tokenizer(trust_remote_code)
+    settings: dict[str, Any] = {
+        "base": base.source if base else None,
+        "sampled_tokens": max(num_tokens // ROW_LENGTH, 1) * min(ROW_LENGTH, num_tokens),
+        "sampled_from": first.source if num_tokens else None,
+        "seed": seed,
+        "dataset": Path(dataset).name if dataset else None,
+        "dataset_tokens": 0,
+        "window": seq_len,
+        "dtype": dtype,
+        "device": hardware(device),
+    }
     text = _Text(None, None)
+    read = None
     if dataset is not None:
-        documents = read_documents(dataset, tokenizer=tokenizer)
-        text.windows = perplexity_windows("\n\n".join(documents), tokenizer, seq_len, max_windows)
+        read = "\n\n".join(read_documents(dataset, tokenizer=tokenizer))
+        text.windows = perplexity_windows(read, tokenizer, seq_len, max_windows)
+        text.words = perplexity.count_words(text.windows, tokenizer)
+        settings["dataset_tokens"] = text.windows.numel()
+        settings["dataset_sha256"] = hashlib.sha256(text.windows.numpy().tobytes()).hexdigest()
+    if haystack is not None and not recall:
+        raise KitError(
+            "a haystack is for --recall, which is not asked for",
+            where="--haystack",
+            next_step="add --recall 512,1024",
+            exit_code=ExitCode.USAGE,
+        )
+    if recall:
+        source = Path(haystack or dataset or "made-up sentences").name
+        hay = "\n\n".join(read_documents(haystack, tokenizer=tokenizer)) if haystack else read
+        vocabulary = first.load_config(trust_remote_code).get_text_config().vocab_size
+        text.recall = recall_test(recall, tokenizer, vocabulary, haystack=hay, source=source, seed=seed)
+        settings["recall"] = text.recall.settings
+    if generations:
+        num_held_out = settings["dataset_tokens"] or settings["sampled_tokens"]
+        settings["generations"] = texts.settings(generations, num_held_out, settings["dataset"] or "sampled text")
     todo = ([("base", base, True)] if base else []) + [(name, model, False) for name, model in models.items()]
     harness = None
     if tasks is not None:
@@ -109,8 +160,11 @@ def evaluate(
 
         for name, checkpoint, _ in todo:
             logs(name, checkpoint)  # refuses other samples before weights load
-        for note in harness.settings()["notes"]:
+        settings["tasks"] = harness.settings()
+        for note in settings["tasks"]["notes"]:
             progress.log(f"note: {note}")
+    for name, result in (earlier or {}).items():
+        check_settings(name, {key: result["settings"].get(key) for key in settings}, "this run", settings)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kit-eval-") as scratch:
         for name, checkpoint, is_base in todo:
@@ -118,16 +172,20 @@ def evaluate(
             model = checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code)
             if text.sampled is None and num_tokens:
                 length = min(ROW_LENGTH, num_tokens)
-                sampled = sample_from_model(model, tokenizer, max(num_tokens // length, 1), length, seed)
+                sampled = sample_from_model(model, tokenizer, settings["sampled_tokens"] // length, length, seed)
                 text.sampled = sampled.input_ids
+            held_out = text.sampled if text.windows is None else text.windows
+            if generations and held_out is not None and text.prompts is None:
+                text.prompts = texts.prompts(held_out, generations)
             if is_base and text.sampled is not None:
                 text.base_log_probs = _scratch_tensor(
                     Path(scratch) / "base", text.sampled.numel(), model.config.vocab_size
                 )
-            for variant, context in _variants(model, ablations and checkpoint is next(iter(models.values()))):
+            for variant, context in _variants(model, ablations and checkpoint is next(iter(models.values()), None)):
                 label = f"{name}, {variant}" if variant else name
                 with context:
                     row = {"name": label, **_quality(model, text, is_base, progress, label)}
+                    row |= _recall_and_generations(model, tokenizer, text, progress, label)
                     if not variant:
                         row |= _speed(model, device) if speed else {}
                         row["peak_memory_bytes"] = peak_memory()
@@ -137,20 +195,7 @@ def evaluate(
                         row["tasks"] = harness.run(model, tokenizer, logs(label, checkpoint), progress, label)
                 rows.append(row)
             del model
-    result = {
-        "settings": {
-            "sampled_tokens": text.sampled.numel() if text.sampled is not None else 0,
-            "sampled_from": first.source if text.sampled is not None else None,
-            "seed": seed,
-            "dataset": Path(dataset).name if dataset else None,
-            "dataset_tokens": text.windows.numel() if text.windows is not None else 0,
-            "window": seq_len,
-            "dtype": dtype,
-            "device": hardware(device),
-            **({"tasks": harness.settings()} if harness is not None else {}),
-        },
-        "rows": rows,
-    }
+    result = {"settings": settings, "rows": rows}
     if folder is not None:
         folder.write(result)
     return result
@@ -176,16 +221,17 @@ def _scratch_tensor(path: Path, tokens: int, vocabulary: int) -> Tensor:
 
 
 @torch.no_grad()
-def _quality(model: Any, text: _Text, is_base: bool, progress: Progress, label: str) -> dict[str, float]:
+def _quality(model: Any, text: _Text, is_base: bool, progress: Progress, label: str) -> dict[str, Any]:
     """Perplexity on both texts; agreement with the base's stored log-probabilities on the sampled one."""
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     total = sum(len(t) for t in (text.sampled, text.windows) if t is not None)
     with progress.task(f"evaluate {label}", total):
         if text.windows is not None:
-            found["perplexity"], found["perplexity_stderr"] = _perplexity(model, text.windows, progress)
+            found |= perplexity.measures(_losses(model, text.windows, progress), text.words)
         if text.sampled is not None:
             kl: list[Tensor] = []
             same: list[Tensor] = []
+            among: list[Tensor] = []
 
             def compare(row: int, log_probs: Tensor) -> None:
                 if text.base_log_probs is None:
@@ -196,36 +242,43 @@ def _quality(model: Any, text: _Text, is_base: bool, progress: Progress, label: 
                     return
                 reference = stored.to(log_probs.device)
                 kl.append((reference.exp() * (reference - log_probs)).sum(-1).cpu())
-                same.append((reference.argmax(-1) == log_probs.argmax(-1)).float().cpu())
+                best = reference.argmax(-1)
+                same.append((best == log_probs.argmax(-1)).float().cpu())
+                five = log_probs.topk(min(5, log_probs.shape[-1])).indices
+                among.append((five == best[:, None]).any(-1).float().cpu())
 
-            found["self_perplexity"], found["self_perplexity_stderr"] = _perplexity(
-                model, text.sampled, progress, compare
-            )
-            if kl:
-                found["kl"], found["kl_stderr"] = _mean(torch.stack(kl).mean(-1))
-                found["top1"], found["top1_stderr"] = _mean(torch.stack(same).mean(-1))
+            own = perplexity.measures(_losses(model, text.sampled, progress, compare), 0)
+            found["self_perplexity"], found["self_perplexity_stderr"] = own["perplexity"], own["perplexity_stderr"]
+            for key, rows in (("kl", kl), ("top1", same), ("top5", among)):
+                if rows:
+                    found[key], found[f"{key}_stderr"] = mean_and_error(torch.stack(rows).mean(-1))
     return found
 
 
-def _perplexity(
-    model: Any, rows: Tensor, progress: Progress, see: Callable[[int, Tensor], None] | None = None
-) -> tuple[float, float]:
-    """exp of the mean next-token loss over rows (N, T), and its standard error from the spread between rows."""
+def _recall_and_generations(
+    model: Any, tokenizer: Any, text: _Text, progress: Progress, label: str
+) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    if text.recall is not None:
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        with progress.task(f"recall {label}", len(text.recall.contexts)):
+            found["recall"] = measure_recall(model, text.recall, limit, progress)
+    if text.prompts is not None:
+        with progress.task(f"generate {label}", len(text.prompts)):
+            found["generations"] = texts.generate(model, tokenizer, text.prompts, progress)
+    return found
+
+
+def _losses(model: Any, rows: Tensor, progress: Progress, see: Callable[[int, Tensor], None] | None = None) -> Tensor:
+    """Next-token losses (N, T - 1) in nats over rows (N, T)."""
     losses = []
     for number, row in enumerate(rows):
         log_probs = F.log_softmax(model(row[None].to(model.device), use_cache=False).logits[0].float(), dim=-1)
-        losses.append(F.nll_loss(log_probs[:-1], row[1:].to(log_probs.device)).cpu())
+        losses.append(F.nll_loss(log_probs[:-1], row[1:].to(log_probs.device), reduction="none").cpu())
         if see:
             see(number, log_probs)
         progress.step()
-    mean, error = _mean(torch.stack(losses))
-    return math.exp(mean), math.exp(mean) * error
-
-
-def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error (nan for a single value)."""
-    values = values.double()
-    return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
+    return torch.stack(losses)
 
 
 @torch.no_grad()

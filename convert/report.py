@@ -14,9 +14,11 @@ from kit.convert.recipe import PlanItem, Recipe
 
 COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}"),
+    ("word_perplexity", "per word", "{:.2f}"),
     ("self_perplexity", "perplexity, own text", "{:.2f}"),
     ("kl", "KL to base", "{:.4f}"),
     ("top1", "top-1 same", "{:.1%}"),
+    ("top5", "in top 5", "{:.1%}"),
     ("prefill_tokens_per_second", "prefill tok/s", "{:,.0f}"),
     ("decode_tokens_per_second", "decode tok/s", "{:,.1f}"),
     ("peak_memory_bytes", "peak memory", None),
