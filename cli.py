@@ -464,19 +464,62 @@ def chat(
 
 @app.command("inspect")
 def inspect_model(
-    model: Model, revision: Revision = None, trust_remote_code: Trust = False, json_: Json = False
+    model: Model,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Run it on text; measure what tells which recipe fits.")
+    ] = False,
+    dataset: Dataset = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Rows of data, 8 unless given.", show_default=False)
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a row, 1024 unless given.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of text.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Compute dtype: auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Print what a model is and which recipes take it; weights are not read."""
+    """Print what a model is and which recipes take it; weights are not read, unless with --stats."""
     from kit.convert.checkpoint import open_checkpoint
-    from kit.convert.inspect import inspect
+    from kit.convert.errors import ExitCode, KitError
+    from kit.convert.inspect import inspect, recommend
     from kit.recipes import available
 
+    if not stats and (dataset, num_samples, seq_len) != (None, None, None):
+        raise KitError(
+            "only --stats looks at text",
+            where="--dataset, --num-samples, --seq-len",
+            next_step="add --stats, or leave them out",
+            exit_code=ExitCode.USAGE,
+        )
     checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
-    facts = inspect(checkpoint, [cls(cls.config_class(recipe=name)) for name, cls in available().items()])
+    recipes = [cls(cls.config_class(recipe=name)) for name, cls in available().items()]
+    facts = inspect(checkpoint, recipes)
+    if stats:
+        _libraries(verbose)
+        from kit.convert.data import DataConfig
+        from kit.convert.pipeline import resolve_device
+        from kit.convert.stats import measure
+
+        measured = measure(
+            checkpoint,
+            DataConfig(dataset=dataset or "self", num_samples=num_samples or 8, seq_len=seq_len or 1024),
+            dtype=dtype,
+            device=resolve_device(device),
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            progress=_progress(quiet or json_),
+        )
+        facts |= {"stats": measured.to_dict(), "recommendation": recommend(checkpoint, recipes, measured)}
     if json_:
         _print_json(facts)
         return
-    shown = {key: value for key, value in facts.items() if not isinstance(value, dict)}
+    shown = {key: value for key, value in facts.items() if not isinstance(value, (dict, list))}
     shown["parameters"], shown["bytes"] = f"{facts['parameters']:,}", f"{facts['bytes']:,}"
     for part, count in facts["parameters_by_part"].items():
         shown[f"  {part}"] = f"{count:,}"
@@ -487,6 +530,10 @@ def inspect_model(
     for name, refusal in facts["recipes"].items():
         shown[f"recipe {name}"] = f"no: {refusal}" if refusal else "applies"
     _print_pairs(shown.pop("source"), {key.replace("_", " "): value for key, value in shown.items()})
+    if stats:
+        from kit.convert.stats_tables import print_stats
+
+        print_stats(_console(), measured, facts["recommendation"])
 
 
 @recipes_app.command("ls")
@@ -584,13 +631,18 @@ def _print_pairs(title: str, pairs: dict[str, Any]) -> None:
         print(f"  {key:20} {value}")
 
 
-def _print_evaluation(result: dict[str, Any]) -> None:
+def _console() -> Any:
+    """Where tables go: as wide as the terminal, or 160 characters."""
     from rich.console import Console
 
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _print_evaluation(result: dict[str, Any]) -> None:
     from kit.convert.report import rich_table, settings_line
     from kit.convert.tables import print_details
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = _console()
     console.print(rich_table(result["rows"]))
     console.print(settings_line(result["settings"]), highlight=False)
     _print_tasks(console, result)
@@ -606,12 +658,10 @@ def _print_tasks(console: Any, result: dict[str, Any]) -> None:
 
 
 def _print_comparison(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from kit.convert.report import settings_line
     from kit.convert.tables import compared_table, comparison_table, print_details
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = _console()
     console.print(compared_table(result["rows"], result["comparisons"]))
     console.print(settings_line(result["settings"]), highlight=False)
     if table := comparison_table(result["comparisons"]):

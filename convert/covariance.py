@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kit.convert.errors import KitError
 from kit.convert.recipe import Layer
@@ -87,19 +87,19 @@ def input_moment(
         if keep:
             kept.append(x.cpu())
         x = (transform(x) if transform else x).flatten(0, -2).float()
-        weighted = _add(moment, x, None if weights is None else weights[seen])
+        weighted = add_inputs(moment, x, None if weights is None else weights[seen])
         if targets is not None and moment.cross is not None:
             target = targets[seen].to(x.device).flatten(0, -2).float()
             moment.cross.addmm_((target - x).T, weighted)
         raise _Reached
 
-    with _watch(layer, {name: see}), _replayed(layer, replay or {}, lambda: seen):
+    with watch_inputs(layer.module, {name: see}), _replayed(layer, replay or {}, lambda: seen):
         for seen, hidden, positions in layer.inputs.batches(BATCH_ROWS, layer.device):  # noqa: B007 (`see` reads it)
             try:
                 layer.model.forward(hidden, positions)
             except _Reached:
                 continue
-    _check_finite(layer, name, moment)
+    check_finite(layer.index, name, moment)
     moment.inputs = torch.cat(kept) if keep else None
     return moment
 
@@ -122,7 +122,7 @@ def record_inputs(layer: Layer, names: list[str]) -> tuple[dict[str, Tensor], Ac
     def keep(name: str) -> Callable[[Tensor], None]:
         return lambda x: kept[name].append(x.cpu())
 
-    with _watch(layer, {name: keep(name) for name in names}):
+    with watch_inputs(layer.module, {name: keep(name) for name in names}):
         outputs = layer.model.advance(inputs, BATCH_ROWS)
     return {name: torch.cat(parts) for name, parts in kept.items()}, outputs
 
@@ -144,11 +144,11 @@ def moment_of(x: Tensor, weights: Tensor | None, device: str) -> Moment:
     moment = Moment(torch.zeros(size, size, device=device), torch.zeros(size, device=device), 0)
     for start in range(0, len(x), BATCH_ROWS):
         rows = slice(start, start + BATCH_ROWS)
-        _add(moment, x[rows].to(device).flatten(0, -2).float(), None if weights is None else weights[rows])
+        add_inputs(moment, x[rows].to(device).flatten(0, -2).float(), None if weights is None else weights[rows])
     return moment
 
 
-def _add(moment: Moment, x: Tensor, weights: Tensor | None) -> Tensor:
+def add_inputs(moment: Moment, x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Add inputs (M, K) to a moment; return them times their weights."""
     weighted = x if weights is None else x * weights.to(x.device).flatten()[:, None]
     moment.second.addmm_(weighted.T, x)
@@ -158,10 +158,10 @@ def _add(moment: Moment, x: Tensor, weights: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _watch(layer: Layer, see: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Call a function with each input of some linears."""
+def watch_inputs(module: nn.Module, see: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call a function with each input of some linears, by their names in the module."""
     handles = [
-        layer.module.get_submodule(name).register_forward_pre_hook(lambda _, args, call=call: call(args[0]))
+        module.get_submodule(name).register_forward_pre_hook(lambda _, args, call=call: call(args[0]))
         for name, call in see.items()
     ]
     try:
@@ -199,10 +199,15 @@ def _replayed(layer: Layer, inputs: dict[str, Tensor], rows: Callable[[], slice]
             del block.forward
 
 
-def _check_finite(layer: Layer, name: str, moment: Moment) -> None:
+def check_finite(index: int, name: str, moment: Moment) -> None:
+    """Refuse a moment that is not finite.
+
+    Raises:
+        KitError: naming the layer and the linear.
+    """
     if not bool(moment.second.isfinite().all()):
         raise KitError(
             "an activation is NaN or infinite",
-            where=f"layer {layer.index}: input of {name}",
+            where=f"layer {index}: input of {name}",
             next_step="check the model's weights, and that it gives sensible text (`kit chat`)",
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import KitError
 from kit.convert.recipe import ModelFacts, Recipe
+
+if TYPE_CHECKING:
+    from kit.convert.stats import ModelStats
 
 PARTS = {"attention": (".self_attn.", ".attention."), "mlp": (".mlp.", ".feed_forward."), "norm": ("norm.",)}
 
@@ -48,6 +52,26 @@ def inspect(checkpoint: Checkpoint, recipes: list[Recipe]) -> dict[str, Any]:
         "cache_bytes": cache_bytes(checkpoint.config),
         "recipes": {recipe.name: _refusal(recipe, facts) for recipe in recipes},
     }
+
+
+def recommend(checkpoint: Checkpoint, recipes: list[Recipe], stats: ModelStats) -> list[dict[str, Any]]:
+    """Rank the recipes that take a model, each by its own judgement of the measured figures.
+
+    Args:
+        checkpoint: the model.
+        recipes: recipes to ask, with the options that they would run with.
+        stats: from `kit.convert.stats.measure`.
+
+    Returns:
+        Best first: `recipe`, `score`, `reason`, `command`; recipes that refuse the model or do not judge are left out.
+    """
+    facts, found = ModelFacts.of(checkpoint), []
+    for recipe in recipes:
+        if _refusal(recipe, facts) is None and (judged := recipe.suits(stats, facts)):
+            options = [part for setting in judged.settings for part in ("--set", setting)]
+            command = shlex.join(["kit", "convert", checkpoint.source, "-r", recipe.name, *options, "-o", "OUT"])
+            found.append({"recipe": recipe.name, "score": judged.score, "reason": judged.reason, "command": command})
+    return sorted(found, key=lambda each: -each["score"])
 
 
 def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:

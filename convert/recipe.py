@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kit.convert.checkpoint import Checkpoint
     from kit.convert.data import TokenRows
     from kit.convert.progress import Progress
+    from kit.convert.stats import ModelStats
     from kit.convert.streaming import Activations, StreamedModel
 
 StageKind = Literal["prepare", "layer", "allocate", "train"]
@@ -205,6 +206,22 @@ class PlanItem:
     value: str
 
 
+@dataclass(frozen=True)
+class Suitability:
+    """A recipe's own judgement of a model that was measured on text (`kit inspect MODEL --stats`).
+
+    Attributes:
+        score: 0 to 1: the share of what the layers compute that the recipe's form keeps before any calibration or
+            training, by the recipe's own measure. A heuristic that ranks; no forecast of perplexity.
+        reason: the figures behind it, and what to watch, in a sentence or two.
+        settings: options (`key=value`) that these figures call for.
+    """
+
+    score: float
+    reason: str
+    settings: tuple[str, ...] = ()
+
+
 class Recipe(ABC):
     """A method: its config, what it asks of a model, its stages, and how its result is rebuilt from disk."""
 
@@ -262,6 +279,13 @@ class Recipe(ABC):
                 next_step=f"use one of: {', '.join(self.families)}; `kit recipes ls` lists other recipes",
             )
         return []
+
+    def suits(self, stats: ModelStats, model: ModelFacts) -> Suitability | None:
+        """Judge how well the recipe fits a model that was measured; None if the figures do not tell.
+
+        Asked only of recipes whose `plan` takes the model.
+        """
+        return None
 
     def build(self, model: ModelFacts) -> dict[str, Any]:
         """Return the config.json of the result, from which its modules are rebuilt (with `allocation`)."""

@@ -32,6 +32,7 @@ from kit.convert.recipe import (
     Recipe,
     RecipeConfig,
     Stage,
+    Suitability,
     TrainConfig,
     TrainRun,
     allocate_stage,
@@ -44,8 +45,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kit.convert.covariance import Moment
+    from kit.convert.stats import ModelStats
     from kit.convert.streaming import TensorView
 
+ADVISED_BITS = 4.5  # a weight, scales included: room for some linears in FP8
+OUTLIER = 2  # times the mean error: a linear that the advice would rather keep in FP8
 KV_SAMPLES = 2048  # tokens a layer on which the scales of keys are chosen
 SENSITIVITY_ROWS = 4
 EXPONENTS = ((0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.25, 0.5), (0.5, 0.5), (0.25, 0.0), (0.5, 0.0), (0.75, 0.25))
@@ -348,6 +352,30 @@ class Fireq(Recipe):
                 exit_code=ExitCode.USAGE,
             )
         return formats
+
+    def suits(self, stats: ModelStats, model: ModelFacts) -> Suitability | None:
+        """1 - the relative output error of a linear by plain rounding, mean over linears.
+
+        Of INT4 weights, of FP8 inputs, or of both (independent errors: squares add), as the scheme has it.
+        """
+        errors: dict[str, float] = {}
+        for layer in stats.layers:
+            for name, weight in layer.weights.items():
+                int4 = 0.0 if self.config.scheme == "FP8" else weight.int4_output_error
+                fp8 = 0.0 if self.config.scheme == "W4A16" else layer.input_of(name).fp8_error
+                errors[f"{layer.index}.{name}"] = (int4**2 + fp8**2) ** 0.5
+        mean = sum(errors.values()) / len(errors)
+        worst = max(errors, key=errors.__getitem__)
+        far = [name for name, error in errors.items() if error > OUTLIER * mean]
+        advice = f" {len(far)} of {len(errors)} stand out: FP8 for such costs few bits." if far else ""
+        return Suitability(
+            score=max(0.0, 1 - mean),
+            reason=(
+                f"rounded to nearest ({self.config.scheme}), a linear's outputs are off by {mean:.1%} on average, by "
+                f"{errors[worst]:.1%} at worst (layers.{worst}); calibration takes part of that away.{advice}"
+            ),
+            settings=(f"bits_budget={ADVISED_BITS}",) if far and self.config.scheme != "FP8" else (),
+        )
 
     def build(self, model: ModelFacts) -> dict[str, Any]:
         """config.json with its quantization_config; a model_type of our own where the standard is left."""

@@ -24,6 +24,7 @@ from kit.convert.recipe import (
     Recipe,
     RecipeConfig,
     Stage,
+    Suitability,
     TrainConfig,
     TrainRun,
     layer_stage,
@@ -33,7 +34,10 @@ from kit.convert.recipe import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kit.convert.stats import ModelStats
 
+
+ENOUGH_MASS = 0.9  # of the attention in window and sinks; below it a wider window is advised
 BALANCE_TOKENS = 1024  # of a row, for the starting value of g: the only T x T scores
 
 
@@ -130,6 +134,36 @@ class Lolcats(Recipe):
                 f"{before / 1e3:,.1f} kB a token, as much at {after / max(before, 1):,.0f} tokens",
             ),
         ]
+
+    def suits(self, stats: ModelStats, model: ModelFacts) -> Suitability | None:
+        """Attention mass in the window and on the sinks, mean over layers: what lies elsewhere has to come through φ.
+
+        The sinks count as kept, although they come through φ too: their keys do not depend on the query, so one feature
+        can carry them. The configured window is taken if it keeps `ENOUGH_MASS`, else the narrowest measured one that
+        does, else the widest.
+        """
+        masses = {w: m for w in stats.windows if w >= self.config.window_size and (m := stats.window_mass(w, True))}
+        if not masses:
+            return None  # the text is too short, or the model sees no further than such a window anyway
+        means = {window: sum(mass) / len(mass) for window, mass in masses.items()}
+        window = next((w for w, mean in means.items() if mean >= ENOUGH_MASS), max(means))
+        near = stats.window_mass(window, False) or []
+        worst = min(range(len(masses[window])), key=masses[window].__getitem__)
+        wider = LolcatsConfig(**self.config.model_dump() | {"window_size": window})
+        before, after = cache_bytes(model.config), cache_bytes(Lolcats(wider).build(model))["constant"]
+        if not before["per_token"]:
+            return None  # every layer has a window of its own: the cache is constant already
+        break_even = max(after - before["constant"], 0) / before["per_token"]
+        return Suitability(
+            score=means[window],
+            reason=(
+                f"{means[window]:.0%} of the attention lies within {window} tokens and on the first {stats.num_sinks} "
+                f"(layer {worst}: {masses[window][worst]:.0%}), {sum(near) / len(near):.0%} within {window} alone: the "
+                "linear branch has to carry the sinks, and may lose the rest. The cache stays at "
+                f"{after / 1e6:,.2f} MB a sequence, which is worth it beyond {break_even:,.0f} tokens."
+            ),
+            settings=() if window == self.config.window_size else (f"window_size={window}",),
+        )
 
     def build(self, model: ModelFacts) -> dict[str, Any]:
         """config.json of the linearized model: the family's keys, ours, and transformers' cache layer types."""

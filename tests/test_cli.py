@@ -76,6 +76,31 @@ def test_convert_eval_chat_inspect(model, tmp_path):
     assert sum(facts["parameters_by_part"].values()) == facts["parameters"]
 
 
+def test_inspect_measures_on_text_only_when_asked(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{4 + i * i % 60}" for i in range(400)))
+    options = ["inspect", model, "--dataset", text, "--num-samples", 2, "--seq-len", 150]
+    done = kit(*options, "--stats", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["stats"]["settings"]["num_tokens"] == 300
+    assert [layer["index"] for layer in facts["stats"]["layers"]] == [0, 1]
+    scores = [each["score"] for each in facts["recommendation"]]
+    assert scores == sorted(scores, reverse=True)
+    assert {"fireq", "lolcats"} <= {each["recipe"] for each in facts["recommendation"]} <= set(available())
+    assert (
+        kit("inspect", model, "--json").stdout
+        == json.dumps({name: fact for name, fact in facts.items() if name not in ("stats", "recommendation")}, indent=1)
+        + "\n"
+    )
+    done = kit(*options, "--stats", "-q")
+    assert done.returncode == 0, done.stderr
+    best = facts["recommendation"][0]
+    assert done.stdout.index("query heads") < done.stdout.index(f"1. {best['recipe']} {best['score']:.2f}: ")
+    assert done.stdout.rstrip().endswith(facts["recommendation"][-1]["command"])
+    assert "--stats" in lines_of(kit(*options), 2)[0]
+
+
 def test_dry_run_writes_nothing(model, tmp_path):
     done = kit("convert", model, "-r", "lolcats", "-o", tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -113,6 +138,8 @@ def test_recipes_ls_show_cp_and_edit(model, tmp_path):
         (["eval", "MODEL", "--dataset", "no.txt"], 1, "no.txt", ""),
         (["recipes", "show", "lolcat"], 2, "lolcat", "did you mean 'lolcats'"),
         (["inspect", "."], 1, "config.json", ""),
+        (["inspect", "MODEL", "--stats", "--dataset", "no.jsonl"], 1, "no.jsonl", ""),
+        (["inspect", "MODEL", "--stats", "--dataset", "no.jsonl", "--dtype", "int3"], 2, "int3", "bfloat16"),
     ],
 )
 def test_mistakes_give_three_lines_and_the_right_exit_code(model, tmp_path, arguments, code, what, next_step):
