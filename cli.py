@@ -432,6 +432,29 @@ def compare(
     write_comparison(result, plot, output)
 
 
+@app.command("report")
+def write_report(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Converted checkpoint.", show_default=False)],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="What `kit eval --json` or `kit compare --json` printed; repeatable.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page to write; else OUT/report.html.", show_default=False)
+    ] = None,
+    card: Annotated[bool, typer.Option("--card", help="Also renew OUT/README.md with these results.")] = False,
+) -> None:
+    """Write a conversion's report as one HTML page."""
+    from kit.convert.html import write_html
+    from kit.convert.report import renew_card
+    from kit.recipes import load_recipes
+
+    recipes = load_recipes(str(folder / "kit_recipe.yaml")) if card else []
+    print(f"{write_html(folder, results or [], output)}: open it in a browser")
+    if card:
+        print(f"{renew_card(folder, recipes, results or [])}: renewed")
+
+
 @app.command()
 def chat(
     model: Model,

@@ -10,7 +10,10 @@ from typing import Any
 import yaml
 
 from kit.convert.checkpoint import Checkpoint
+from kit.convert.figures import Node
 from kit.convert.recipe import PlanItem, Recipe
+from kit.convert.results import read_inputs
+from kit.convert.summary import eval_results, in_markdown, measured_on, summary
 
 COLUMNS = (
     ("perplexity", "perplexity", "{:.2f}"),
@@ -55,14 +58,27 @@ def recipe_yaml(recipes: list[Recipe]) -> str:
     return yaml.safe_dump(configs[0] if len(configs) == 1 else {"recipes": configs}, sort_keys=False)
 
 
-def model_card(report: dict[str, Any], recipes: list[Recipe]) -> str:
-    """The model card, from convert/card.md.jinja."""
+def model_card(report: dict[str, Any], recipes: list[Recipe], name: str = "converted", results: Any = ()) -> str:
+    """The model card, from convert/card.md.jinja.
+
+    Args:
+        report: of the conversion.
+        recipes: that made it.
+        name: of the checkpoint in the results.
+        results: measurements made later, as `convert.results.read_inputs` gives them.
+    """
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
     source = report["model"]["source"]
     on_hub = "/" in source and not Path(source).exists()
+    own = Node.document("kit_report.json", report)
+    measurements = [evaluation for evaluation in [own.get("evaluation")] if evaluation] + list(results)
+    title = f"{source.rstrip('/').split('/')[-1]}, converted with {' and '.join(recipe.name for recipe in recipes)}"
+    measured = eval_results(measurements, name)
     data = ModelCardData(
+        model_name=title if measured else None,
+        eval_results=measured or None,
         base_model=source if on_hub else None,
         base_model_relation=recipes[-1].base_model_relation if on_hub else None,
         library_name="transformers",
@@ -73,11 +89,32 @@ def model_card(report: dict[str, Any], recipes: list[Recipe]) -> str:
     template = environment.from_string(files("kit.convert").joinpath("card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
         metadata=data.to_yaml(),
+        title=title,
+        summary=in_markdown(summary(own, measurements, name)),
+        results=[(markdown_table(m["rows"].value), in_markdown(measured_on(m))) for m in results],
         report=report,
         recipes=recipes,
         recipe_yaml=recipe_yaml(recipes),
         table=markdown_table(report.get("evaluation", {}).get("rows", [])),
     )
+
+
+def renew_card(folder: Path, recipes: list[Recipe], results: list[Path]) -> Path:
+    """Write a converted checkpoint's README.md again, with measurements made since.
+
+    Args:
+        folder: the checkpoint.
+        recipes: that made it.
+        results: files that `kit eval --json` or `kit compare --json` printed.
+
+    Raises:
+        KitError: if an input is missing or broken.
+    """
+    inputs = read_inputs(folder, results)
+    later = [m for m in inputs.measurements if not m.at.startswith(inputs.report.at)]
+    card = folder / "README.md"
+    card.write_text(model_card(inputs.report.value, recipes, inputs.name, later), encoding="utf-8")
+    return card
 
 
 def table_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -42,7 +42,7 @@ def test_help_and_imports_load_neither_torch_nor_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
     done = kit("--help")
-    for command in ("convert", "eval", "chat", "inspect", "recipes"):
+    for command in ("convert", "eval", "report", "chat", "inspect", "recipes"):
         assert command in done.stdout
 
 
@@ -61,6 +61,13 @@ def test_convert_eval_chat_inspect(model, tmp_path):
     done = kit("eval", out, "--dataset", text, "--seq-len", 32, "-L", 2, "--num-tokens", 0, "--no-speed", "-q")
     assert done.returncode == 0, done.stderr
     assert "text.txt, 64 tokens in windows of 32" in done.stdout
+    results = tmp_path / "results.json"
+    arguments = ["--base", model, "--dataset", text, "--seq-len", 32, "--num-tokens", 0, "--no-speed", "--json", "-q"]
+    results.write_text(kit("eval", out, *arguments).stdout)
+    done = kit("report", out, "--results", results, "--card")
+    assert done.returncode == 0, done.stderr
+    assert "Perplexity on" in (out / "report.html").read_text()
+    assert "model-index" in (out / "README.md").read_text()
     done = kit("chat", out, "--prompt", "w5 w6 w7", "--max-new-tokens", 5)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()
@@ -136,6 +143,8 @@ def test_recipes_ls_show_cp_and_edit(model, tmp_path):
         (["chat", "MODEL", "--dtype", "int3", "--prompt", "w5"], 2, "int3", "bfloat16"),
         (["eval", "./nothing"], 1, "nothing", ""),
         (["eval", "MODEL", "--dataset", "no.txt"], 1, "no.txt", ""),
+        (["report", "./nothing"], 2, "no such folder", "kit convert"),
+        (["report", "MODEL"], 2, "no report of a conversion", "kit convert"),
         (["recipes", "show", "lolcat"], 2, "lolcat", "did you mean 'lolcats'"),
         (["inspect", "."], 1, "config.json", ""),
         (["inspect", "MODEL", "--stats", "--dataset", "no.jsonl"], 1, "no.jsonl", ""),
