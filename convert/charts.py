@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import numpy as np
+
 from kit.convert.figures import Figure, Node, Text, brief, figure, general
+from kit.convert.pareto import pareto_front
 
 PLOT_HEIGHT = 220  # pixels, as in report.css.jinja
 LINE_HEIGHT, CHARACTER = 15, 6.5  # pixels of a label's text
@@ -383,15 +386,12 @@ def scatter(
     y_axis = Axis.around(y_label, [y.value for _, _, _, y in points], padding=0.15)
     sign = -1 if more_is_better else 1
     plot = Scatter(title, f"lower {'right' if more_is_better else 'left'} is better", x_axis, y_axis)
-    for name, style, x, y in points:
-        beaten = any(
-            sign * a.value <= sign * x.value and b.value <= y.value and (a.value != x.value or b.value != y.value)
-            for _, _, a, b in points
-        )
+    front = pareto_front(np.array([[sign * x.value, y.value] for _, _, x, y in points]))
+    for (name, style, x, y), on_front in zip(points, front.tolist(), strict=True):
         left, top = x_axis.place(x.value), 100 - y_axis.place(y.value)
         label = name if len(name) <= 22 else name[:21] + "…"
         figures = figure(x, x_form), figure(y, y_form)
-        plot.dots.append(Dot(name, label, style, left, top, *figures, not beaten, "start" if left < 50 else "end"))
+        plot.dots.append(Dot(name, label, style, left, top, *figures, on_front, "start" if left < 50 else "end"))
     taken: list[tuple[float, float, float]] = []
     for dot in plot.dots:
         left, middle = dot.x / 100 * NARROW, dot.y / 100 * PLOT_HEIGHT
