@@ -22,9 +22,12 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from kit.convert.errors import ExitCode, KitError, closest
+from kit.convert.names import hub_names, matrices
 
 if TYPE_CHECKING:
     import torch
+
+    Reader = Callable[[str, int, tuple[int, ...]], torch.Tensor]  # stored name, first number, shape
 
 log = logging.getLogger("kit")
 
@@ -71,8 +74,9 @@ class Checkpoint:
         source: what the user typed.
         folder: where its files lie.
         config: config.json.
-        tensors: shape and dtype of each tensor, by name.
+        tensors: shape and dtype of each tensor, by our name (of experts: see `kit.convert.names`).
         files: the weight file that holds each tensor.
+        places: the stored tensor that each lies in, by the file's name, and its first number there.
     """
 
     source: str
@@ -80,7 +84,8 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: dict[str, Path]
-    _readers: dict[Path, Callable[[str], torch.Tensor]] = field(default_factory=dict, repr=False)
+    places: dict[str, tuple[str, int]]
+    _readers: dict[Path, Reader] = field(default_factory=dict, repr=False)
 
     @property
     def dtype(self) -> str:
@@ -118,7 +123,7 @@ class Checkpoint:
         file = self.files[name]
         if file not in self._readers:
             self._readers[file] = _open_pickle(file) if file.suffix == ".bin" else _open_safetensors(file)
-        return self._readers[file](name).to(device=device, dtype=dtype)
+        return self._readers[file](*self.places[name], self.tensors[name].shape).to(device=device, dtype=dtype)
 
     def side_files(self) -> list[Path]:
         """Files of the tokenizer and of generation, which conversions copy byte for byte."""
@@ -231,7 +236,8 @@ def _quantization_of_ours(config: dict[str, Any]) -> dict[str, Any] | None:
             check_scheme(group)
     except (KeyError, TypeError, ValueError):
         return None
-    return {**quantization, "quant_method": METHOD, "sidecar": True}
+    ours = {**(quantization.get("kit") or {}), "names": hub_names(config)}
+    return {**quantization, "quant_method": METHOD, "sidecar": True, "kit": ours}
 
 
 def _load_sidecar(folder: Path, model: Any) -> set[str]:
@@ -379,19 +385,21 @@ def _open_folder(source: str, folder: Path, trust_remote_code: bool) -> Checkpoi
         )
     tensors: dict[str, TensorInfo] = {}
     files: dict[str, Path] = {}
+    places: dict[str, tuple[str, int]] = {}
     for file, promised in listed.items():
         header = _pickle_header(file) if file.suffix == ".bin" else _safetensors_header(file)[0]
         advice = "download the index and its files again; they are of different versions"
         if lost := sorted(promised - header.keys()):
             problem = f"the index promises '{lost[0]}' in a file that does not hold it"
             raise KitError(problem, where=str(file), next_step=advice)
-        if twice := sorted(header.keys() & tensors.keys()):
-            raise KitError(f"'{twice[0]}' is in this file and in another", where=str(file), next_step=advice)
-        tensors |= header
-        files |= dict.fromkeys(header, file)
+        for stored, info in header.items():
+            for name, start, shape in matrices(stored, info.shape, config):
+                if name in tensors:
+                    raise KitError(f"'{name}' is in this file and in another", where=str(file), next_step=advice)
+                tensors[name], files[name], places[name] = TensorInfo(shape, info.dtype), file, (stored, start)
     if any(file.suffix == ".bin" for file in listed):
         log.warning("%s holds pickles, read with weights_only=True; prefer safetensors", folder)
-    return Checkpoint(source, folder, config, tensors, files)
+    return Checkpoint(source, folder, config, tensors, files, places)
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
@@ -487,7 +495,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, in
     return tensors, starts
 
 
-def _open_safetensors(path: Path) -> Callable[[str], torch.Tensor]:
+def _open_safetensors(path: Path) -> Reader:
     """Read tensors at their place in the file.
 
     safetensors' own reader maps the whole file as writable memory, which the system refuses for files larger than its
@@ -497,17 +505,17 @@ def _open_safetensors(path: Path) -> Callable[[str], torch.Tensor]:
 
     tensors, starts = _safetensors_header(path)
 
-    def read(name: str) -> torch.Tensor:
-        info = tensors[name]
-        flat = torch.empty(info.numel, dtype=getattr(torch, DTYPES[info.dtype][0]))
+    def read(name: str, start: int, shape: tuple[int, ...]) -> torch.Tensor:
+        part = TensorInfo(shape, tensors[name].dtype)
+        flat = torch.empty(part.numel, dtype=getattr(torch, DTYPES[part.dtype][0]))
         try:
             with path.open("rb") as file:
-                file.seek(starts[name])
-                if file.readinto(flat.view(torch.uint8).numpy().data) != info.nbytes:
+                file.seek(starts[name] + start * flat.itemsize)
+                if file.readinto(flat.view(torch.uint8).numpy().data) != part.nbytes:
                     raise EOFError(f"'{name}' ends early")
         except (OSError, EOFError) as error:
             raise _corrupt(path, error) from error
-        return flat.view(info.shape)
+        return flat.view(shape)
 
     return read
 
@@ -541,9 +549,9 @@ def _pickle_header(path: Path) -> dict[str, TensorInfo]:
         raise _corrupt(path, error) from error
 
 
-def _open_pickle(path: Path) -> Callable[[str], torch.Tensor]:
+def _open_pickle(path: Path) -> Reader:
     tensors = _load_pickle(path, "cpu")  # mapped: a clone, so that a write to it changes no later read
-    return lambda name: tensors[name].clone()
+    return lambda name, start, shape: tensors[name].flatten()[start : start + prod(shape)].view(shape).clone()
 
 
 def _from_hub(model: str, revision: str | None, trust_remote_code: bool) -> Path:

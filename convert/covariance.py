@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from kit.convert.errors import KitError
 from kit.convert.recipe import Layer
 from kit.convert.streaming import Activations
+from kit.modules.experts import Expert
 
 BATCH_ROWS = 4
+TOKENS = 4096  # that pass through an expert at a time
+EXPERTS = "mlp.experts"
 
 
 @dataclass
@@ -75,33 +78,37 @@ def input_moment(
     Raises:
         KitError: naming the linear, if an input is not finite.
     """
-    assert layer.inputs is not None
     size = layer.module.get_submodule(name).in_features
     moment = Moment(torch.zeros(size, size, device=layer.device), torch.zeros(size, device=layer.device), 0)
-    if targets is not None:
-        moment.cross = torch.zeros_like(moment.second)
-    seen = slice(0, 0)
     kept: list[Tensor] = []
 
-    def see(x: Tensor) -> None:
+    def see(x: Tensor, rows: slice) -> None:
         if keep:
             kept.append(x.cpu())
-        x = (transform(x) if transform else x).flatten(0, -2).float()
-        weighted = add_inputs(moment, x, None if weights is None else weights[seen])
-        if targets is not None and moment.cross is not None:
-            target = targets[seen].to(x.device).flatten(0, -2).float()
-            moment.cross.addmm_((target - x).T, weighted)
+        chosen = None if weights is None else weights[rows]
+        add_inputs(moment, transform(x) if transform else x, chosen, None if targets is None else targets[rows])
+
+    _run_up_to(layer, name, see, replay or {})
+    check_finite(layer.index, name, moment)
+    moment.inputs = torch.cat(kept) if keep else None
+    return moment
+
+
+def _run_up_to(layer: Layer, name: str, see: Callable[[Tensor, slice], None], replay: dict[str, Tensor]) -> None:
+    """Run a layer's inputs up to one of its modules and show what enters it, with the rows that it is of."""
+    assert layer.inputs is not None
+    rows = slice(0, 0)
+
+    def reached(x: Tensor) -> None:
+        see(x, rows)
         raise _Reached
 
-    with watch_inputs(layer.module, {name: see}), _replayed(layer, replay or {}, lambda: seen):
-        for seen, hidden, positions in layer.inputs.batches(BATCH_ROWS, layer.device):  # noqa: B007 (`see` reads it)
+    with watch_inputs(layer.module, {name: reached}), _replayed(layer, replay, lambda: rows):
+        for rows, hidden, positions in layer.inputs.batches(BATCH_ROWS, layer.device):  # noqa: B007 (`reached` reads it)
             try:
                 layer.model.forward(hidden, positions)
             except _Reached:
                 continue
-    check_finite(layer.index, name, moment)
-    moment.inputs = torch.cat(kept) if keep else None
-    return moment
 
 
 @torch.no_grad()
@@ -129,7 +136,7 @@ def record_inputs(layer: Layer, names: list[str]) -> tuple[dict[str, Tensor], Ac
 
 @torch.no_grad()
 def replayed_outputs(layer: Layer, inputs: dict[str, Tensor]) -> Activations:
-    """What leaves the layer, from the kept inputs of the last linears of its two blocks."""
+    """What leaves the layer, from the kept inputs of the last linears of its blocks, or of one of them."""
     assert layer.inputs is not None
     outputs, seen = torch.empty_like(layer.inputs.hidden), slice(0, 0)
     with _replayed(layer, inputs, lambda: seen):
@@ -144,17 +151,105 @@ def moment_of(x: Tensor, weights: Tensor | None, device: str) -> Moment:
     moment = Moment(torch.zeros(size, size, device=device), torch.zeros(size, device=device), 0)
     for start in range(0, len(x), BATCH_ROWS):
         rows = slice(start, start + BATCH_ROWS)
-        add_inputs(moment, x[rows].to(device).flatten(0, -2).float(), None if weights is None else weights[rows])
+        add_inputs(moment, x[rows].to(device), None if weights is None else weights[rows])
     return moment
 
 
-def add_inputs(moment: Moment, x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Add inputs (M, K) to a moment; return them times their weights."""
+class RoutedTokens:
+    """Which tokens a layer's experts are calibrated on, and what enters the experts' linears for them.
+
+    An expert sees the tokens that the router sends to it. One that gets fewer than its input has features (H) would
+    have a singular second moment: it is starved, and all tokens of the layer pass through it as well, each counting
+    the same and together what is missing, so that H tokens count in all.
+
+    Attributes:
+        seen: how many tokens each expert got, (E,).
+        tokens: M, how many there are.
+    """
+
+    def __init__(self, layer: Layer, hidden: Tensor, targets: Tensor | None = None) -> None:
+        """Route tokens.
+
+        Args:
+            layer: the resident layer, with its router at mlp.gate and `Experts` at mlp.experts.
+            hidden: (M, H) on the CPU, what enters the experts.
+            targets: the same in the original model, for `Moment.cross`.
+        """
+        self._layer, self._hidden, self._targets = layer, hidden, targets
+        routes = [layer.module.mlp.gate(x.to(layer.device))[1:] for x in hidden.split(TOKENS)]
+        weights, experts = (torch.cat(parts).cpu() for parts in zip(*routes, strict=True))
+        self._weights, self._experts, self.tokens = weights.float(), experts, len(hidden)
+        self.seen = experts.flatten().bincount(minlength=len(layer.module.mlp.experts))
+        # the linears stay as they are when rounded ones take their places in the layer
+        self._originals = [Expert(e.gate_proj, e.up_proj, e.down_proj, e.act_fn) for e in layer.module.mlp.experts]
+
+    @classmethod
+    def of_layer(cls, layer: Layer, replay: dict[str, Tensor], targets: Tensor | None) -> RoutedTokens:
+        """The tokens that enter a layer's experts.
+
+        Args:
+            layer: the resident layer.
+            replay: as for `input_moment`.
+            targets: (M, H), what enters the experts in the original model.
+        """
+        parts: list[Tensor] = []
+        _run_up_to(layer, EXPERTS, lambda x, _: parts.append(x.cpu()), replay)
+        return cls(layer, torch.cat(parts), targets)
+
+    def starved(self) -> dict[int, int]:
+        """The experts that got fewer tokens than the input has features, and how many they got."""
+        return {number: int(seen) for number, seen in enumerate(self.seen) if seen < self._hidden.shape[1]}
+
+    @torch.no_grad()
+    def moment(
+        self, name: str, *, transform: Callable[[Tensor], Tensor] | None = None, weights: Tensor | None = None
+    ) -> Moment:
+        """The moment of what enters one linear of an expert.
+
+        Args:
+            name: the linear, by its name in the layer ("mlp.experts.3.down_proj").
+            transform: applied to inputs first.
+            weights: (M,), what an error of the layer's output counts at each token; an expert's error reaches it times
+                the router's weight. None: all tokens count the same, whatever the router's weight.
+
+        Raises:
+            KitError: naming the linear, if an input is not finite.
+        """
+        number = int(name.removeprefix(f"{EXPERTS}.").partition(".")[0])
+        expert, device = self._layer.module.mlp.experts[number], self._layer.device
+        chosen = self._experts == number
+        counts = chosen.any(-1).float()
+        if weights is not None:
+            counts = (self._weights * chosen).square().sum(-1)
+            counts *= self.seen[number] / counts.sum().clamp(min=1e-30)
+        counts += max(self._hidden.shape[1] - int(self.seen[number]), 0) / self.tokens
+        if weights is not None:
+            counts *= weights
+
+        def entering(expert: Expert, x: Tensor) -> Tensor:
+            return expert.inner(x) if name.endswith("down_proj") else x
+
+        size = self._layer.module.get_submodule(name).in_features
+        moment = Moment(torch.zeros(size, size, device=device), torch.zeros(size, device=device), 0)
+        for rows in counts.nonzero()[:, 0].split(TOKENS):
+            x, target = entering(expert, self._hidden[rows].to(device)), None
+            if self._targets is not None:
+                target = entering(self._originals[number], self._targets[rows].to(device))
+            add_inputs(moment, transform(x) if transform else x, counts[rows], target)
+        check_finite(self._layer.index, name, moment)
+        return moment
+
+
+def add_inputs(moment: Moment, x: Tensor, weights: Tensor | None = None, targets: Tensor | None = None) -> None:
+    """Add inputs (..., K) to a moment, tokens weighted by (...)."""
+    x = x.flatten(0, -2).float()
     weighted = x if weights is None else x * weights.to(x.device).flatten()[:, None]
     moment.second.addmm_(weighted.T, x)
     moment.absolute += weighted.abs().sum(0)
     moment.tokens += len(x)
-    return weighted
+    if targets is not None:
+        moment.cross = torch.zeros_like(moment.second) if moment.cross is None else moment.cross
+        moment.cross.addmm_((targets.to(x.device).flatten(0, -2).float() - x).T, weighted)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import ExitCode, KitError
+from kit.convert.names import hub_names, renamed
 from kit.convert.streaming import COMPUTE_DTYPES, TensorView
 from kit.convert.work import disk_errors
 from kit.modules.bundler import flat_name, write_code
@@ -58,8 +59,7 @@ def write_checkpoint(
     """
     with disk_errors(folder):
         folder.mkdir(parents=True)
-        standard = (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors"
-        _write_tensors(folder, view, skeleton, dtype, max_shard_size, standard)
+        _write_tensors(folder, view, skeleton, dtype, max_shard_size, config)
         for file in source.side_files():
             target = folder / file.relative_to(source.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -72,14 +72,15 @@ def write_checkpoint(
 
 
 def _write_tensors(
-    folder: Path, view: TensorView, skeleton: Any, dtype: torch.dtype, max_shard_size: int, standard: bool
+    folder: Path, view: TensorView, skeleton: Any, dtype: torch.dtype, max_shard_size: int, config: dict[str, Any]
 ) -> None:
-    """Write shards and index; where other readers must find a standard's tensors only, ours go into SIDECAR."""
+    """Write shards and index, in the hub's names; what other readers of a standard must not find goes into SIDECAR."""
     from safetensors.torch import save_file
 
     tied = set(skeleton.all_tied_weights_keys)
     expected = {name: tensor for name, tensor in skeleton.state_dict().items() if name not in tied}
-    if standard:
+    words = hub_names(config)
+    if (config.get("quantization_config") or {}).get("quant_method") == "compressed-tensors":
         beside = {name: _read(view, name, dtype) for name in expected if SIDECAR_MARK in name}
         expected = {name: tensor for name, tensor in expected.items() if name not in beside}
         if beside:
@@ -102,7 +103,7 @@ def _write_tensors(
             )
         if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > max_shard_size:
             flush()
-        shard[name] = tensor
+        shard[renamed(name, words)] = tensor
     flush()
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / "model.safetensors")

@@ -7,8 +7,11 @@ its KV cache scheme, as of its 0.2x releases), checked at planning so that nobod
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+
+from kit.convert.names import spellings
 
 BASE: dict[str, Any] = {
     "block_structure": None,
@@ -64,6 +67,7 @@ def quantization_config(
     kv: dict[str, Any] | None,
     extra: dict[str, Any],
     method: str,
+    words: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the `quantization_config` of config.json.
 
@@ -77,7 +81,13 @@ def quantization_config(
         kv: `kv_cache_scheme`.
         extra: what goes under the key "kit".
         method: `quant_method`.
+        words: words of our names that the hub's files spell otherwise.
     """
+    words = words or {}
+    formats = {called: form for name, form in formats.items() for called in spellings(name, words)}
+    untouched = [called for name in untouched for called in spellings(name, words)]
+    if words:
+        extra = {**extra, "names": words}
     groups: dict[str, dict[str, Any]] = {}
     for number, form in enumerate(dict.fromkeys(formats.values())):
         names = [name for name, other in formats.items() if other == form]
@@ -102,13 +112,24 @@ def quantization_config(
 
 
 def _targets(names: list[str], all_names: list[str]) -> list[str]:
-    """One pattern a kind of projection where all of that kind are in the group, else full names."""
-    found: list[str] = []
-    for kind in dict.fromkeys(name.rpartition(".")[2] for name in names):
-        mine = [name for name in names if name.endswith(f".{kind}")]
-        every = [name for name in all_names if name.endswith(f".{kind}")]
-        found += [rf"re:.*\.{re.escape(kind)}$"] if len(mine) == len(every) else mine
-    return found
+    """One pattern a kind of projection where all of that kind are in the group, else full names.
+
+    Experts have patterns of their own: transformers finds their format by the word "experts" in an expression.
+    """
+    experts = any(".experts." in name for name in all_names)
+
+    def kind(name: str) -> str:
+        words = name.split(".")
+        place = r"experts\.\d+\." if "experts" in words else rf"{words[-2:][0]}\." if experts else ""
+        return rf"re:.*\.{place}{re.escape(words[-1])}$"
+
+    every = Counter(map(kind, all_names))
+    mine: dict[str, list[str]] = {}
+    for name in names:
+        mine.setdefault(kind(name), []).append(name)
+    return [
+        target for pattern, found in mine.items() for target in ([pattern] if len(found) == every[pattern] else found)
+    ]
 
 
 def kv_scheme(head_dim: int, symmetric: bool) -> dict[str, Any]:
@@ -128,13 +149,19 @@ def kv_scheme(head_dim: int, symmetric: bool) -> dict[str, Any]:
     }
 
 
-def refusals(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], signed: bool) -> dict[str, list[str]]:
+def refusals(
+    config: dict[str, Any],
+    shapes: dict[str, tuple[int, ...]],
+    signed: bool,
+    formats: dict[str, WeightFormat | None] | None = None,
+) -> dict[str, list[str]]:
     """Why an engine would not load a quantized model, or not run it fast; an empty list is good news.
 
     Args:
         config: `quantization_config`.
         shapes: (N, K) of each quantized linear.
         signed: whether group scales may be negative.
+        formats: of every linear, None where it stays as it is; needed for experts only.
 
     Returns:
         Reasons by engine: "transformers" (with the compressed-tensors library), "vllm".
@@ -145,6 +172,14 @@ def refusals(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], signed:
             reasons.append("rotation or scaling of keys at run time is no standard: the checkpoint needs its own code")
     if config["kv_cache_scheme"] is not None:
         found["vllm"].append("its kv_cache_scheme takes 8-bit floats only (use --set kv.bits=null)")
+    layers: dict[str, set[WeightFormat | None]] = {}
+    for name, form in (formats or {}).items():
+        if len(layer := name.split(".experts.")) == 2:
+            layers.setdefault(layer[0], set()).add(form)
+    if len(set().union(*layers.values())) > 1:
+        found["transformers"].append("it takes one format for all experts (`kit.load` does not mind)")
+    if several := [layer for layer, forms in layers.items() if len(forms) > 1]:
+        found["vllm"].append(f"it takes one format for all experts of a layer, {several[0]} has more")
     for group in config["config_groups"].values():
         weights, fp8_inputs = group["weights"], group["input_activations"] is not None
         if weights["type"] != "int":
@@ -160,6 +195,10 @@ def refusals(config: dict[str, Any], shapes: dict[str, tuple[int, ...]], signed:
             if signed:
                 found["vllm"].append(
                     "negative group scales were never tried on its kernel (use --set signed_scales=false)"
+                )
+            if odd := [name for name, shape in shapes.items() if ".experts." in name and any(s % 256 for s in shape)]:
+                found["vllm"].append(
+                    f"its INT4-FP8 experts need dimensions divisible by 256: {odd[0]} is {shapes[odd[0]]}"
                 )
         if odd := [name for name, shape in shapes.items() if any(size % 128 for size in shape)]:
             found["vllm"].append(f"its 4-bit kernels need dimensions divisible by 128: {odd[0]} is {shapes[odd[0]]}")

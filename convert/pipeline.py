@@ -142,7 +142,7 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
         PlanItem("memory, streamed", f"{_size(embedding + 2 * one_layer + 5 * tokens * hidden * 4)} (rough)"),
         PlanItem("memory, whole model", f"{_size(total * 4)} + activations (verification and train stages)"),
         PlanItem("disk", f"{_size(needed)} needed, {_size(free)} free"),
-        PlanItem("work", _work(checkpoint.num_parameters, recipes)),
+        PlanItem("work", _work(facts.active_parameters, recipes)),
     ]
     if needed > free:
         raise KitError(

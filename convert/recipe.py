@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -130,6 +131,13 @@ class ModelFacts:
     def num_layers(self) -> int:
         """Decoder layers."""
         return int(self.config["num_hidden_layers"])
+
+    @property
+    def active_parameters(self) -> int:
+        """Numbers that a token meets on its way: of a layer's experts, only those that the router picks for it."""
+        experts = self.config.get("num_local_experts") or self.config.get("num_experts") or 1
+        share = int(self.config.get("num_experts_per_tok") or 1) / int(experts)
+        return int(sum(prod(shape) * (share if ".experts." in name else 1) for name, shape in self.shapes.items()))
 
     @property
     def heads(self) -> tuple[int, int, int]:

@@ -96,7 +96,7 @@ class _PassThrough(nn.Module):
 
 
 def build_skeleton(config: dict[str, Any]) -> Any:
-    """Build the model of a config.json without memory for weights (on the meta device).
+    """Build the model of a config.json without memory for weights (on the meta device), its experts as single linears.
 
     Raises:
         KitError: if transformers does not know the architecture.
@@ -104,6 +104,7 @@ def build_skeleton(config: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     import kit.modules  # noqa: F401  (registers our architectures)
+    from kit.modules.experts import separate_experts
     from kit.modules.quantized import quantize_modules
 
     model_type = config.get("model_type")
@@ -119,7 +120,7 @@ def build_skeleton(config: dict[str, Any]) -> Any:
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(values)).eval()
     if "quantization_config" in config:
         quantize_modules(model, config["quantization_config"])
-    return model
+    return separate_experts(model)
 
 
 class StreamedModel:

@@ -7,6 +7,8 @@ What goes beyond that standard is how queries are rounded and how keys and value
     {"query": "fp8" or null, "center": bool, "rotate": bool, "post_rope": bool, "shape": bool, "window": int,
      "table": bool}
 
+(and "names", see `quantize_modules`).
+
 Its tensors lie in a file of their own, SIDECAR. A checkpoint of `quant_method: "kit"` holds them among its weights,
 has a model_type of its own, and carries this code, so that it runs the same where `kit` was never installed.
 """
@@ -25,6 +27,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -43,12 +46,16 @@ from kit.kernels.int4_fp8 import (
     unpack_int4,
 )
 from kit.modules.cache import cache_argument
+from kit.modules.experts import separate_experts
 
 METHOD = "kit"
 ATTENTION = "kit_quantized"
 QUERY_BLOCK = 512  # queries that attend at a time where some keys are read in two forms
 SIDECAR, SIDECAR_MARK = "kit_cache.safetensors", ".quantization."
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = {
+    "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}  # fmt: skip
 ABLATIONS = {  # name: what is switched off
     "16-bit keys and values": ("kv",),
     "weights only": ("kv", "query", "activations"),
@@ -485,6 +492,9 @@ def _eager(module: nn.Module) -> Any:
 def quantize_modules(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Replace a model's linears and hook its attention, as a quantization config says. Weights are left empty.
 
+    Experts become linears of their own first. A config names modules as the hub's files do: what those call otherwise
+    stands under "names" of the key "kit", our word and theirs ({"mlp": "block_sparse_moe", ...}).
+
     Args:
         model: a causal language model, usually on the meta device.
         config: `quantization_config` of config.json.
@@ -493,10 +503,11 @@ def quantize_modules(model: nn.Module, config: dict[str, Any]) -> nn.Module:
         ValueError: on a scheme that is none of W4A16, W4AFP8 and FP8.
     """
     extra = config.get("kit") or {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or _matches(name, module, config.get("ignore") or []):
+    for name, module in list(separate_experts(model).named_modules()):
+        stored = ".".join((extra.get("names") or {}).get(word, word) for word in name.split("."))
+        if not isinstance(module, nn.Linear) or _matches(stored, module, config.get("ignore") or []):
             continue
-        group = next((g for g in config["config_groups"].values() if _matches(name, module, g["targets"])), None)
+        group = next((g for g in config["config_groups"].values() if _matches(stored, module, g["targets"])), None)
         if group is None:
             continue
         inputs = group["input_activations"]
@@ -596,6 +607,13 @@ class KitQuantizer(HfQuantizer):
         if getattr(self.quantization_config, "sidecar", False):  # `kit.load` fills these in, and checks that it did
             model._keys_to_ignore_on_load_missing.add(re.escape(SIDECAR_MARK))
         return quantize_modules(model, dict(self.quantization_config.__dict__))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Give stored names our words, and merge no experts."""
+        names = (getattr(self.quantization_config, "kit", None) or {}).get("names") or {}
+        merges = ("experts.gate_up_proj", "experts.down_proj")
+        kept = [c for c in weight_conversions if not any(str(t).endswith(merges) for t in c.target_patterns)]
+        return [*kept, *(WeightRenaming(rf"\.{theirs}\.", f".{ours}.") for ours, theirs in names.items())]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Saving is refused: only `kit quantize` writes this format."""

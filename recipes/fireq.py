@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.formats import WeightFormat, kv_scheme, quantization_config, refusals
+from kit.convert.names import hub_names, spellings
 from kit.convert.recipe import (
     Layer,
     ModelFacts,
@@ -44,7 +46,7 @@ from kit.convert.recipe import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kit.convert.covariance import Moment
+    from kit.convert.covariance import Moment, RoutedTokens
     from kit.convert.stats import ModelStats
     from kit.convert.streaming import TensorView
 
@@ -167,19 +169,63 @@ class FireqConfig(RecipeConfig):
 
 @dataclass(frozen=True)
 class Site:
-    """Linears that read the same input, and what produces it: a norm, or the rows of another linear."""
+    """Linears that read the same input, and what produces it: a norm, or the rows of another linear.
+
+    Attributes:
+        linears: their names in the layer.
+        producer: its name in the layer.
+        expert: the number of the expert that they belong to; its input is what the router sends to it.
+    """
 
     linears: tuple[str, ...]
     producer: str
+    expert: int | None = None
+
+    @property
+    def reads_norm(self) -> bool:
+        """Whether it opens a block; the others close one, and write to the residual stream."""
+        return self.producer.endswith("layernorm")
+
+    @property
+    def recorded(self) -> str | None:
+        """The module at which its input is recorded in the original model; an expert's is computed from that."""
+        if self.expert is None:
+            return self.linears[0]
+        return "mlp.experts" if self.reads_norm else None
+
+    @property
+    def router(self) -> str | None:
+        """What reads the same input and stays in 16 bits."""
+        return "mlp.gate" if self.expert is not None and self.reads_norm else None
 
 
-SITES = (
-    Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+NORMS = ("input_layernorm", "post_attention_layernorm")
+ATTENTION = (
+    Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), NORMS[0]),
     Site(("self_attn.o_proj",), "self_attn.v_proj"),
-    Site(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-    Site(("mlp.down_proj",), "mlp.up_proj"),
 )
-LINEARS = tuple(name for site in SITES for name in site.linears)
+
+
+def sites_of(model: ModelFacts, index: int) -> tuple[Site, ...]:
+    """What is quantized in a layer, in the order in which it runs: attention, then the MLP, or each expert's."""
+    experts = range(experts_of(model, index))
+    paths: dict[int | None, str] = {number: f"mlp.experts.{number}" for number in experts} or {None: "mlp"}
+    sites = list(ATTENTION)
+    for number, path in paths.items():
+        sites.append(Site((f"{path}.gate_proj", f"{path}.up_proj"), NORMS[1], number))
+        sites.append(Site((f"{path}.down_proj",), f"{path}.up_proj", number))
+    return tuple(sites)
+
+
+def experts_of(model: ModelFacts, index: int) -> int:
+    """How many experts a layer has; 0 if it has one MLP."""
+    name = f"model.layers.{index}.mlp.experts.{{}}.gate_proj.weight"
+    return sum(1 for _ in takewhile(lambda number: name.format(number) in model.shapes, count()))
+
+
+def linears_of(model: ModelFacts, index: int) -> list[str]:
+    """The linears of `sites_of`, by their names in the layer."""
+    return [name for site in sites_of(model, index) for name in site.linears]
 
 
 class Fireq(Recipe):
@@ -188,7 +234,7 @@ class Fireq(Recipe):
     name = "fireq"
     paper = "arXiv:2505.20839"
     config_class = FireqConfig
-    families = ("llama", "mistral", "qwen2", "qwen3")
+    families = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
     replaces_modules = True
     float32 = True
     base_model_relation = "quantized"
@@ -263,13 +309,16 @@ class Fireq(Recipe):
             kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
             items.append(PlanItem(str(form), f"{len(names)} linears: {kinds}"))
         items.append(PlanItem("weights", f"{bits / weights:.3f} bits each, scales included; {self._inputs()}"))
+        if experts := self._experts(model):
+            items.append(PlanItem("experts", experts))
         if self.config.kv.bits:
             kind = "symmetric" if self.config.kv.symmetric else "with zero points"
             latest = f"; the latest {self.config.kv.window} tokens in 16 bits" if self.config.kv.window else ""
             items.append(PlanItem("cache", f"INT4 {kind}, a scale a token and head, two numbers a byte{latest}"))
         if self.config.rotate_residual:
             items.append(PlanItem("rotation", self._rotation_cost(model)))
-        reasons = refusals(config, shapes, self.config.signed_scales)
+        every = dict.fromkeys(self._linears(model)) | formats
+        reasons = refusals(config, shapes, self.config.signed_scales, every)
         for engine, found in reasons.items():
             if found and self.config.target == engine:
                 raise KitError(
@@ -278,8 +327,9 @@ class Fireq(Recipe):
                     next_step="change what the reasons name, or leave --target out",
                     exit_code=ExitCode.USAGE,
                 )
+            unpacked = "loads it (with compressed-tensors); unpacks to 16 bit, so no faster there"
             note = "; ".join(found) if found else {
-                "transformers": "loads it (with compressed-tensors); unpacks to 16 bit, so no faster there",
+                "transformers": unpacked + ("; inputs of experts stay in 16 bits" if experts else ""),
                 "vllm": "loads it; INT4-FP8 runs on Hopper only" if self.config.scheme == "W4AFP8" else "loads it",
             }[engine]  # fmt: skip
             items.append(PlanItem(f"for {engine}", f"no: {note}" if found else note))
@@ -310,9 +360,10 @@ class Fireq(Recipe):
             KitError: if the group size does not divide, a linear is missing, or a pattern matches nothing.
         """
         ignored = dict.fromkeys(self.config.ignore, 0)
+        words = hub_names(model.config)
         formats: dict[str, WeightFormat] = {}
         uneven: list[str] = []
-        for name in (f"model.layers.{i}.{linear}" for i in range(model.num_layers) for linear in LINEARS):
+        for name in self._linears(model):
             shape = model.shapes.get(f"{name}.weight")
             if shape is None or len(shape) != 2:
                 raise KitError(
@@ -320,7 +371,8 @@ class Fireq(Recipe):
                     where="config.json and the weights",
                     next_step="check that they belong together; projections must be separate linears",
                 )
-            if matched := [p for p in ignored if name == p or (p.startswith("re:") and re.match(p[3:], name))]:
+            called = {name, *spellings(name, words)}
+            if matched := [pattern for pattern in ignored if any(_is_meant(name, pattern) for name in called)]:
                 ignored.update(dict.fromkeys(matched, 1))
                 continue
             group = self.config.group_size or next((size for size in (128, 64) if shape[1] % size == 0), None)
@@ -403,19 +455,37 @@ class Fireq(Recipe):
 
     def _quantization_config(self, model: ModelFacts, formats: dict[str, WeightFormat]) -> dict[str, Any]:
         c = self.config
-        every = [f"model.layers.{i}.{linear}" for i in range(model.num_layers) for linear in LINEARS]
+        routers = [f"model.layers.{i}.mlp.gate" for i in range(model.num_layers) if experts_of(model, i)]
         extra: dict[str, Any] = {"query": c.query, "table": c.fp8_scales}
         if c.kv.bits:
             extra |= {"center": c.kv.center, "rotate": c.kv.rotate, "shape": c.kv.shape, "window": c.kv.window}
             extra["post_rope"] = c.kv.post_rope_channels > 0
         return quantization_config(
             formats,
-            untouched=["lm_head", *(name for name in every if name not in formats)],
+            untouched=["lm_head", *routers, *(name for name in self._linears(model) if name not in formats)],
             fp8_inputs=c.scheme != "W4A16",
             kv=kv_scheme(model.heads[2], c.kv.symmetric) if c.kv.bits else None,
             extra=extra,
             method=c.format,
+            words=hub_names(model.config),
         )
+
+    def _linears(self, model: ModelFacts) -> list[str]:
+        return [
+            f"model.layers.{index}.{name}" for index in range(model.num_layers) for name in linears_of(model, index)
+        ]
+
+    def _experts(self, model: ModelFacts) -> str:
+        """How many experts there are, and how many tokens each will see; nothing if there are none."""
+        numbers = [number for index in range(model.num_layers) if (number := experts_of(model, index))]
+        if not numbers:
+            return ""
+        text = f"{max(numbers)} in each of {len(numbers)} layers"
+        if self.needs_data():
+            tokens = self.config.data.num_samples * self.config.data.seq_len * model.config["num_experts_per_tok"]
+            hidden = int(model.config["hidden_size"])
+            text += f", {tokens // max(numbers):,} tokens each on average; below {hidden:,}, all tokens calibrate it"
+        return text
 
     def _inputs(self) -> str:
         inputs = "16-bit inputs" if self.config.scheme == "W4A16" else "FP8 inputs, a scale a token"
@@ -482,7 +552,7 @@ class Fireq(Recipe):
         spent = sum(formats[name].bits_per_weight(shape) * shape[0] * shape[1] for name, shape in shapes.items())
         wishes = []
         for index, errors in enumerate(stats[f"{self.name}.measure_sensitivity"]):
-            for linear in LINEARS:
+            for linear in linears_of(model, index):
                 if (name := f"model.layers.{index}.{linear}") not in shapes:
                     continue
                 n, k = shapes[name]
@@ -496,42 +566,43 @@ class Fireq(Recipe):
         return {"fp8": sorted(chosen), "bits_per_weight": spent / total}
 
     @layer_stage(propagate="both")
-    def quantize(self, layer: Layer) -> dict[str, float]:
+    def quantize(self, layer: Layer) -> dict[str, Any]:
         """Fold scales and rotations, then round this layer's linears in the order in which they run."""
         import torch
 
-        from kit.convert.covariance import input_moment, moment_of, record_inputs, replayed_outputs
+        from kit.convert.covariance import RoutedTokens, input_moment, record_inputs, replayed_outputs
         from kit.kernels.int4_fp8 import round_activations
         from kit.modules.quantized import quantize_attention
 
         _check_finite(layer)
-        options = self.config.gptq
-        firsts = [site.linears[0] for site in SITES]
+        options, sites = self.config.gptq, sites_of(layer.facts, layer.index)
         targets: dict[str, Tensor] = {}
         moments: dict[str, Moment] = {}
         weights: dict[str, Tensor] = {}
+        routed: RoutedTokens | None = None
         with torch.no_grad():
             if self.config.rotate_residual:
-                self._rotate_layer(layer.module)
+                self._rotate_layer(layer.module, sites)
             if layer.inputs is not None:
+                recorded = dict.fromkeys(site.recorded for site in sites if site.recorded)
                 with _RecordedAttention(layer.module) as seen:
-                    targets, layer.original_outputs = record_inputs(layer, [*firsts, SITES[2].producer])
-                weights = self._token_weights(targets.pop(SITES[2].producer), layer.original_outputs.hidden)
-                moments = {
-                    name: moment_of(targets[name], weights.get(name), layer.device) for name in self._sites_to_weigh()
-                }
+                    targets, layer.original_outputs = record_inputs(layer, [*recorded, NORMS[1]])
+                weights = self._token_weights(targets.pop(NORMS[1]), layer.original_outputs.hidden, sites)
+                moments, routed = self._original_moments(layer, sites, targets, weights)
             formats = self._in_layer(layer)
-            metrics = self._fold(layer.module, formats, moments, targets, layer.facts)
+            metrics = self._fold(layer.module, sites, formats, moments, targets, layer.facts)
             quantization = self._quantization_config(layer.facts, self.formats(layer.facts))
             quantize_attention(layer.module, layer.model.model.config, quantization)
             if self.config.kv.bits and layer.inputs is not None:
                 metrics |= self._encode_cache(layer.module.self_attn, seen, layer.facts)
             transform = round_activations if self.config.scheme != "W4A16" else None
+            sequential = layer.inputs is not None and self.config.rounding == "gptq" and options.sequential
             replay: dict[str, Tensor] = {}
-            for site in SITES:
-                first = site.linears[0]
+            entering: RoutedTokens | None = None
+            for site in sites:
+                first, names = site.linears[0], [name for name in site.linears if name in formats]
                 moment = moments.get(first)
-                if layer.inputs is not None and self.config.rounding == "gptq" and options.sequential:
+                if sequential and site.expert is None:
                     moment = input_moment(
                         layer,
                         first,
@@ -539,16 +610,24 @@ class Fireq(Recipe):
                         targets=targets[first] if options.match_original else None,
                         weights=weights.get(first),
                         replay=replay,
-                        keep=first in ("self_attn.o_proj", "mlp.down_proj"),
+                        keep=not site.reads_norm,
                     )
                     if moment.inputs is not None:
                         replay[first] = moment.inputs
-                for name in (name for name in site.linears if name in formats):
+                elif sequential and names:
+                    if entering is None:
+                        originals = targets["mlp.experts"] if options.match_original else None
+                        routed = entering = RoutedTokens.of_layer(layer, replay, originals)
+                    moment = entering.moment(first, transform=transform, weights=weights.get(first))
+                for name in names:
                     linear, where = layer.module.get_submodule(name), f"layer {layer.index}: {name}"
                     rounded, metrics[f"{name} error"] = self._round(linear, formats[name], moment, where)
                     _replace(layer.module, name, rounded)
             if replay:
                 layer.outputs = replayed_outputs(layer, replay)
+            if routed is not None and (starved := routed.starved()):
+                metrics["starved experts"] = {str(number): seen for number, seen in starved.items()}
+                layer.progress.log(_few_tokens(layer.index, starved, routed.tokens))
             errors = [value for name, value in metrics.items() if name.endswith(" error")]
             metrics["error"] = sum(errors) / max(len(errors), 1)
         return metrics
@@ -614,28 +693,47 @@ class Fireq(Recipe):
             found.copy_(round_scale(found, grid) if int4 else found.bfloat16())
         return {"losses": losses, "trained_parameters": sum(getattr(m, n).numel() for m, n in trained)}
 
-    def _sites_to_weigh(self) -> list[str]:
-        """First linears of the sites whose inputs' moments in the original model are needed."""
-        if self.config.scaling == "search" or self.config.rounding == "rtn" or not self.config.gptq.sequential:
-            return [site.linears[0] for site in SITES]
-        return ["self_attn.o_proj"] if self.config.rotate_values else []
+    def _original_moments(
+        self, layer: Layer, sites: tuple[Site, ...], targets: dict[str, Tensor], weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Moment], RoutedTokens | None]:
+        """Moments of inputs in the original model, by each site's first linear, as far as they are needed.
 
-    def _token_weights(self, middle: Tensor, end: Tensor) -> dict[str, Tensor]:
+        Returns:
+            The moments, and the tokens that the experts' are of.
+        """
+        from kit.convert.covariance import RoutedTokens, moment_of
+
+        moments: dict[str, Moment] = {}
+        routed: RoutedTokens | None = None
+        every = self.config.scaling == "search" or self.config.rounding == "rtn" or not self.config.gptq.sequential
+        for site in sites if every else ATTENTION[1:] if self.config.rotate_values else ():
+            first = site.linears[0]
+            if site.expert is None:
+                moments[first] = moment_of(targets[first], weights.get(first), layer.device)
+                continue
+            routed = routed or RoutedTokens(layer, targets["mlp.experts"])
+            moments[first] = routed.moment(first, weights=weights.get(first))
+        return moments, routed
+
+    def _token_weights(self, middle: Tensor, end: Tensor, sites: tuple[Site, ...]) -> dict[str, Tensor]:
         """What each token's error counts at o and down: 1 / ‖h‖², h the residual stream that it is added to.
 
         The next norm divides by ‖h‖. Without this the few tokens of massive activations decide everything.
         """
-        found = {}
-        for name, hidden in (("self_attn.o_proj", middle), ("mlp.down_proj", end)):
+        found: dict[str, Tensor] = {}
+        for block, hidden in (("self_attn.", middle), ("mlp.", end)):
             weight = 1 / hidden.float().square().mean(-1).clamp(min=1e-30)
-            found[name] = weight / weight.mean()
+            weight = weight / weight.mean()
+            closing = [s for s in sites if not s.reads_norm and s.producer.startswith(block)]
+            found |= {s.linears[0]: weight if s.expert is None else weight.flatten() for s in closing}
         return found if self.config.gptq.weigh_tokens else {}
 
     def _in_layer(self, layer: Layer) -> dict[str, WeightFormat]:
         """Formats of this layer's linears, by their names in the layer."""
         prefix = f"model.layers.{layer.index}."
         formats = self.formats(layer.facts)
-        return {name: formats[prefix + name] for name in LINEARS if prefix + name in formats}
+        names = linears_of(layer.facts, layer.index)
+        return {name: formats[prefix + name] for name in names if prefix + name in formats}
 
     # ---- folds
 
@@ -649,17 +747,18 @@ class Fireq(Recipe):
         signs = torch.randint(2, (size, 1), generator=generator) * 2.0 - 1.0
         return (signs * hadamard(size)).float()
 
-    def _rotate_layer(self, module: Any) -> None:
+    def _rotate_layer(self, module: Any, sites: tuple[Site, ...]) -> None:
         """R1 inside a layer: norm gains into what reads them, readers W Q, writers Qᵀ W."""
-        for site in (SITES[0], SITES[2]):
-            norm = module.get_submodule(site.producer)
-            rotation = self._residual_rotation(len(norm.weight)).to(norm.weight.device)
-            for name in site.linears:
-                linear = module.get_submodule(name)
-                linear.weight.copy_((linear.weight * norm.weight) @ rotation)
-            norm.weight.fill_(1.0)
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            linear = module.get_submodule(name)
+        gains = {name: module.get_submodule(name).weight for name in NORMS}
+        rotation = self._residual_rotation(len(gains[NORMS[0]])).to(gains[NORMS[0]].device)
+        reads = {name: gains[site.producer] for site in sites if site.reads_norm for name in site.linears}
+        reads |= {site.router: gains[site.producer] for site in sites if site.router}
+        for name, gain in reads.items():
+            weight = module.get_submodule(name).weight
+            weight.copy_((weight * gain) @ rotation)
+        for gain in gains.values():
+            gain.fill_(1.0)
+        for linear in (module.get_submodule(site.linears[0]) for site in sites if not site.reads_norm):
             linear.weight.copy_(rotation.T @ linear.weight)
             if linear.bias is not None:
                 linear.bias.copy_(rotation.T @ linear.bias)
@@ -667,88 +766,112 @@ class Fireq(Recipe):
     def _fold(
         self,
         module: Any,
+        sites: tuple[Site, ...],
         formats: dict[str, WeightFormat],
         moments: dict[str, Moment],
         targets: dict[str, Tensor],
         facts: ModelFacts,
-    ) -> dict[str, float]:
-        """Rotate values and scale input channels, each site by itself; moments and targets follow.
+    ) -> dict[str, Any]:
+        """Rotate values and scale input channels, all sites of a producer together; moments and targets follow.
 
         Returns:
             What was chosen.
         """
-        chosen: dict[str, float] = {}
+        chosen: dict[str, Any] = {}
         if self.config.scheme == "FP8":
             return chosen
-        for site in SITES:
-            if any(name not in formats for name in (*site.linears, site.producer) if name in LINEARS):
+        linears = {name for site in sites for name in site.linears}
+        for producer in dict.fromkeys(site.producer for site in sites):
+            readers = [site for site in sites if site.producer == producer]
+            names = [name for site in readers for name in site.linears]
+            if any(name not in formats for name in (*names, producer) if name in linears):
                 continue  # something here stays as it is
-            moment = moments.get(site.linears[0])
-            weights = [module.get_submodule(name).weight for name in site.linears]
-            forms = [formats[name] for name in site.linears]
-            if site.producer == "self_attn.v_proj" and self.config.rotate_values:
-                rotated = self._rotated_values(module, moment, facts)
+            first = names[0]
+            parts = [
+                _Part([module.get_submodule(name).weight for name in site.linears], moments.get(site.linears[0]))
+                for site in readers
+            ]
+            forms = [[formats[name] for name in site.linears] for site in readers]
+            if producer == "self_attn.v_proj" and self.config.rotate_values:
+                (part,) = parts
+                rotated, values = self._rotated_values(module, part.moment, facts)
                 rotate = (
-                    moment is None
-                    or self._best(rotated[0], forms, rotated[2], facts, site)[0]
-                    < (self._best(weights, forms, moment, facts, site)[0])
+                    part.moment is None
+                    or self._best([rotated], forms, facts, heads=True)[0]
+                    < (self._best(parts, forms, facts, heads=True)[0])
                 )
                 chosen["rotated values"] = float(rotate)
                 if rotate:
-                    weights[0].copy_(rotated[0][0])
-                    module.get_submodule(site.producer).weight.copy_(rotated[1])
-                    if (bias := module.get_submodule(site.producer).bias) is not None:
+                    part.weights[0].copy_(rotated.weights[0])
+                    module.get_submodule(producer).weight.copy_(values)
+                    if (bias := module.get_submodule(producer).bias) is not None:
                         bias.copy_(self._rotate_heads(bias[:, None], facts)[:, 0])
-                    if moment is not None:
-                        moment = moments[site.linears[0]] = rotated[2]
-                    if site.linears[0] in targets:
-                        _rotate_last(targets[site.linears[0]], facts.heads[2])
+                    if rotated.moment is not None:
+                        part.moment = moments[first] = rotated.moment
+                    if first in targets:
+                        _rotate_last(targets[first], facts.heads[2])
             if self.config.scaling == "none":
                 continue
-            _, factor, exponents = self._best(weights, forms, moment, facts, site)
-            chosen[f"{site.linears[0]} scaling"] = exponents
-            factor = _divide_producer(module.get_submodule(site.producer), factor, facts)
-            for weight in weights:
+            _, factor, exponents = self._best(parts, forms, facts, heads=producer == "self_attn.v_proj")
+            if self.config.scaling == "search":
+                chosen[f"{first} scaling"] = exponents
+            router = readers[0].router
+            if router:  # a power of two, so that the router computes the same, bit for bit
+                factor = factor.log2().round().exp2()
+            factor = _divide_producer(module.get_submodule(producer), factor, facts)
+            for weight in (weight for part in parts for weight in part.weights):
                 weight.mul_(factor)
-            if moment is not None:
-                moments[site.linears[0]] = moment.scaled(1 / factor)
-            if site.linears[0] in targets:
-                targets[site.linears[0]] /= factor.cpu()
+            if router:
+                module.get_submodule(router).weight.mul_(factor)
+            for site, part in zip(readers, parts, strict=True):
+                if part.moment is not None:
+                    moments[site.linears[0]] = part.moment.scaled(1 / factor)
+            if (recorded := readers[0].recorded) in targets:
+                targets[recorded] /= factor.cpu()
         return chosen
 
     def _best(
-        self, weights: list[Any], forms: list[WeightFormat], moment: Moment | None, facts: ModelFacts, site: Site
+        self, parts: list[_Part], forms: list[list[WeightFormat]], facts: ModelFacts, *, heads: bool
     ) -> tuple[float, Any, float]:
         """The channel scaling of least output error by plain rounding: (error, factor (K,), index of its exponents).
 
         Candidates are s = mean|x|^a / mean|W|^b; the paper's is a = 0, b = 1.
+
+        Args:
+            parts: what reads the channels: the weights of each site.
+            forms: their formats.
+            facts: of the model.
+            heads: query heads that share a value head share their scales.
         """
         import torch
 
         from kit.convert.rounding import Grid, fit_grid, output_error, round_to_nearest
 
-        shared = self._share_heads if site.producer == "self_attn.v_proj" else (lambda x, _: x)
-        size = torch.cat([w.abs() for w in weights]).mean(0)
+        shared = self._share_heads if heads else (lambda x, _: x)
+        size = torch.stack([torch.cat([w.abs() for w in part.weights]).mean(0) for part in parts]).mean(0)
         size = shared(size, facts).clamp(min=1e-6 * float(size.mean()) + 1e-30)
         candidates: tuple[tuple[float, float], ...] = EXPONENTS
-        if self.config.scaling != "search" or moment is None:
+        moments = [part.moment for part in parts if part.moment is not None]
+        if self.config.scaling != "search" or not moments:
             candidates = ((0.0, 1.0),) if self.config.scaling == "channel" else ((0.0, 0.0),)
-            if moment is None:
-                return 0.0, _normalised(size ** -candidates[0][1]), float(candidates[0][1])
-        active = shared(moment.absolute / moment.tokens, facts)
+            if not moments:
+                return 0.0, _normalised(size ** -candidates[0][1]), 0.0
+        active = torch.stack([moment.absolute / moment.tokens for moment in moments]).mean(0)
+        active = shared(active, facts)
         active = active.clamp(min=1e-6 * float(active.mean()) + 1e-30)
         best: tuple[float, Any, float] | None = None
         for number, (a, b) in enumerate(candidates):
-            factor = _normalised(active**a / size**b)
-            scaled, error = moment.scaled(1 / factor), 0.0
-            for weight, form in zip(weights, forms, strict=True):
-                if form.bits == 8:
-                    continue
-                grid = Grid(form.group_size, form.zero_point, clip=False, signed=self.config.signed_scales)
-                target = weight * factor
-                rounded = round_to_nearest(target, *fit_grid(target, grid)).dequantize()
-                power = float(((weight @ moment.second) * weight).sum())
-                error += output_error(target, rounded, scaled.second) * power
+            factor, error = _normalised(active**a / size**b), 0.0
+            for part, moment, each in zip(parts, moments, forms, strict=True):
+                scaled = moment.scaled(1 / factor)
+                for weight, form in zip(part.weights, each, strict=True):
+                    if form.bits == 8:
+                        continue
+                    grid = Grid(form.group_size, form.zero_point, clip=False, signed=self.config.signed_scales)
+                    target = weight * factor
+                    rounded = round_to_nearest(target, *fit_grid(target, grid)).dequantize()
+                    power = float(((weight @ moment.second) * weight).sum())
+                    error += output_error(target, rounded, scaled.second) * power
             if best is None or error < best[0]:
                 best = error, factor, float(number)
         assert best is not None
@@ -761,9 +884,9 @@ class Fireq(Recipe):
         matrix = hadamard(facts.heads[2]).to(rows.device, rows.dtype)
         return (matrix @ rows.unflatten(0, (-1, facts.heads[2]))).flatten(0, 1)
 
-    def _rotated_values(self, module: Any, moment: Moment | None, facts: ModelFacts) -> tuple[list[Any], Any, Any]:
-        """o columns, v rows, and the moment of o's input, after each head's values are rotated (H is symmetric or not:
-        v' = H v, so o' = o Hᵀ)."""
+    def _rotated_values(self, module: Any, moment: Moment | None, facts: ModelFacts) -> tuple[_Part, Any]:
+        """o columns with the moment of o's input, and v rows, after each head's values are rotated (H is symmetric or
+        not: v' = H v, so o' = o Hᵀ)."""
         from kit.convert.covariance import Moment
 
         o, v = module.self_attn.o_proj.weight, module.self_attn.v_proj.weight
@@ -772,7 +895,7 @@ class Fireq(Recipe):
             # E|x| of a rotated channel is not known; a Gaussian's is, from its second moment
             absolute = (second.diagonal() * moment.tokens * 2 / 3.141592653589793).clamp(min=0).sqrt()
             moment = Moment(second, absolute, moment.tokens)
-        return [self._rotate_heads(o.T.contiguous(), facts).T], self._rotate_heads(v, facts), moment
+        return _Part([self._rotate_heads(o.T.contiguous(), facts).T], moment), self._rotate_heads(v, facts)
 
     def _share_heads(self, x: Tensor, facts: ModelFacts) -> Tensor:
         """The mean of o's input channels (H · D) over the query heads that share a value head, spread out again."""
@@ -907,6 +1030,14 @@ class Fireq(Recipe):
         if rounded.zero_point is not None:
             made.weight_zero_point.copy_(pack_int4(rounded.zero_point.T).T)
         return made, output_error(weight, made.dequantize(), second)
+
+
+@dataclass
+class _Part:
+    """What reads some channels: the weights (N, K) of a site, and the moment of its input."""
+
+    weights: list[Any]
+    moment: Moment | None
 
 
 class _RecordedAttention:
@@ -1059,6 +1190,20 @@ def _normalised(scale: Tensor) -> Tensor:
 def _replace(module: Any, name: str, other: Any) -> None:
     parent, _, child = name.rpartition(".")
     setattr(module.get_submodule(parent), child, other)
+
+
+def _is_meant(name: str, pattern: str) -> bool:
+    return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern == name
+
+
+def _few_tokens(index: int, starved: dict[int, int], tokens: int) -> str:
+    """The warning that names starved experts and the tokens that each saw."""
+    numbers, seen = (
+        ", ".join(map(str, values[:-1])) + " and " * (len(values) > 1) + str(values[-1])
+        for values in (list(starved), list(starved.values()))
+    )
+    experts = "experts" if len(starved) > 1 else "expert"
+    return f"layer {index}: {experts} {numbers} saw {seen} of {tokens:,} tokens, and are calibrated on all of them too"
 
 
 def _check_finite(layer: Layer) -> None:

@@ -34,7 +34,7 @@ def make_model(tmp_path_factory):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**SHAPE | change))
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:  # matrices, and the fused ones of experts
                 torch.nn.init.normal_(parameter, std=0.15)
         model.to(dtype).save_pretrained(folder)
         words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3}
