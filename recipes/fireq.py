@@ -812,9 +812,8 @@ class Fireq(Recipe):
                         _rotate_last(targets[first], facts.heads[2])
             if self.config.scaling == "none":
                 continue
-            _, factor, exponents = self._best(parts, forms, facts, heads=producer == "self_attn.v_proj")
-            if self.config.scaling == "search":
-                chosen[f"{first} scaling"] = exponents
+            heads = producer == "self_attn.v_proj"
+            _, factor, chosen[f"{first} scaling"] = self._best(parts, forms, facts, heads=heads)
             router = readers[0].router
             if router:  # a power of two, so that the router computes the same, bit for bit
                 factor = factor.log2().round().exp2()
