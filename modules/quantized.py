@@ -608,6 +608,14 @@ class KitQuantizer(HfQuantizer):
             model._keys_to_ignore_on_load_missing.add(re.escape(SIDECAR_MARK))
         return quantize_modules(model, dict(self.quantization_config.__dict__))
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Cast what transformers before 5.21 leaves in the file's dtype: tensors whose names were changed."""
+        dtype = model.get_input_embeddings().weight.dtype
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.to(dtype)
+        return model
+
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Give stored names our words, and merge no experts."""
         names = (getattr(self.quantization_config, "kit", None) or {}).get("names") or {}

@@ -814,14 +814,14 @@ class Fireq(Recipe):
                 continue
             heads = producer == "self_attn.v_proj"
             _, factor, chosen[f"{first} scaling"] = self._best(parts, forms, facts, heads=heads)
-            router = readers[0].router
-            if router:  # a power of two, so that the router computes the same, bit for bit
+            if router := readers[0].router:  # by powers of two, so that it computes the same, bit for bit
                 factor = factor.log2().round().exp2()
-            factor = _divide_producer(module.get_submodule(producer), factor, facts)
+                module.get_submodule(producer).weight.div_(factor)
+                module.get_submodule(router).weight.mul_(factor)
+            else:
+                factor = _divide_producer(module.get_submodule(producer), factor, facts)
             for weight in (weight for part in parts for weight in part.weights):
                 weight.mul_(factor)
-            if router:
-                module.get_submodule(router).weight.mul_(factor)
             for site, part in zip(readers, parts, strict=True):
                 if part.moment is not None:
                     moments[site.linears[0]] = part.moment.scaled(1 / factor)

@@ -53,12 +53,7 @@ def make(make_model):
         if starving:  # the two best are always a row and its 0.9-fold, whatever the sign
             file = folder / "model.safetensors"
             tensors = load_file(file)
-            name = next(
-                name
-                for name in tensors
-                if "layers.0." in name
-                and name.endswith("moe.gate.weight" if family == "mixtral" else "mlp.gate.weight")
-            )
+            name = f"model.layers.0.{STORED[family][0].partition('.')[0]}.gate.weight"
             row = tensors[name][0].float()
             factors = torch.tensor([1, -1, 0.9, -0.9, 0.1, -0.1])
             tensors[name] = (factors[:, None] * row).bfloat16()
