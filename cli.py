@@ -55,17 +55,22 @@ Dataset = Annotated[
 ]
 
 
-@app.callback()
-def common(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-) -> None:
-    """Options of every command."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from kit import __version__
 
         print(__version__)
         raise typer.Exit()
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of every command."""
     if debug:
         os.environ["KIT_DEBUG"] = "1"
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def test_help_and_imports_load_neither_torch_nor_transformers():
     code = "import sys, kit, kit.cli; print([m for m in ('torch', 'transformers', 'rich', 'yaml') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+    assert kit("--version").stdout.strip() == version("kit")
     done = kit("--help")
     for command in ("convert", "eval", "report", "chat", "inspect", "recipes"):
         assert command in done.stdout
