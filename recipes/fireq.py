@@ -328,8 +328,10 @@ class Fireq(Recipe):
                     exit_code=ExitCode.USAGE,
                 )
             unpacked = "loads it (with compressed-tensors); unpacks to 16 bit, so no faster there"
+            if experts and self.config.scheme != "W4A16":
+                unpacked += "; inputs of experts stay in 16 bits"
             note = "; ".join(found) if found else {
-                "transformers": unpacked + ("; inputs of experts stay in 16 bits" if experts else ""),
+                "transformers": unpacked,
                 "vllm": "loads it; INT4-FP8 runs on Hopper only" if self.config.scheme == "W4AFP8" else "loads it",
             }[engine]  # fmt: skip
             items.append(PlanItem(f"for {engine}", f"no: {note}" if found else note))
