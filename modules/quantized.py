@@ -452,7 +452,7 @@ def _attend_in_two_forms(
     num_queries, num_keys = query.shape[2], rounded[0].shape[2]
     past, first = num_keys - num_queries, num_keys - latest[0].shape[2]
     kwargs["is_causal"] = False  # the mask says it
-    outputs = []
+    attend, outputs = ALL_ATTENTION_FUNCTIONS["sdpa"], []
     for start in range(0, num_queries, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, num_queries)
         end = past + stop
@@ -475,7 +475,6 @@ def _attend_in_two_forms(
             torch.cat([x[:, :, :old], y[:, :, near - first : end - first]], dim=2)
             for x, y in zip(rounded, latest, strict=True)
         )
-        attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
         outputs.append(attend(module, query[:, :, start:stop], keys, values, visible, **kwargs)[0])
     return torch.cat(outputs, dim=1)
 
