@@ -8,14 +8,20 @@ LoLCATs (arXiv:2410.10254, Eq. 7). With W(i) the last `window_size` positions up
 Both branches are multiplied by the same exp(-m_i), so the result does not depend on the stabiliser m_i. (The original
 code subtracts the maximum from the window branch alone, which changes the function with every row.)
 
+W(i) can also be block-aligned (`terrace`: i's own block of `window_size` positions and the block before it, as LoLCATs'
+ThunderKittens kernel has it), and it can hold the first `num_sinks` keys of the sequence for good (attention sinks,
+arXiv:2309.17453). Meta memory (Lizard, arXiv:2507.09025) is one logit a head that adds exp(t) to the window's
+denominator and no value; several equal tokens are one with the logarithm of their number added.
+
 Letters: B batch, H query heads, G key/value heads, L feature-map key heads (G or H), T queries, P keys before the first
-query, D head dim, F feature dim. All arithmetic is fp32; time and memory are linear in T.
+query, D head dim, F feature dim. Arithmetic is fp32, or float64 where the inputs are; time and memory are linear in T.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +38,10 @@ def hedgehog_feature_map(x: Tensor, weight: Tensor) -> Tensor:
         weight: (H, D, F/2), one map a head.
 
     Returns:
-        (B, H, T, F), fp32, strictly positive.
+        (B, H, T, F), fp32 (float64 if x is), strictly positive.
     """
-    z = x.float() @ weight.float()
+    kind = _precise(x)
+    z = x.to(kind) @ weight.to(kind)
     return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1).clamp(min=1e-12)
 
 
@@ -68,6 +75,9 @@ def hybrid_attention(
     scale: float,
     linear_weight: float = 1.0,
     window_weight: float = 1.0,
+    terrace: bool = False,
+    num_sinks: int = 0,
+    meta_logit: Tensor | None = None,
     state: Tensor | None = None,
     key_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
@@ -85,6 +95,9 @@ def hybrid_attention(
         scale: softmax scale, usually 1/sqrt(D).
         linear_weight: λ; 0 leaves window attention exactly.
         window_weight: multiplies g; 0 leaves the linear past alone.
+        terrace: block-aligned windows; whole sequences only (P = 0, no state).
+        num_sinks: first keys of a sequence that stay in the window and never count as past; whole sequences only.
+        meta_logit: (H,), a logit in the window's denominator.
         state: (B, L, F, D + 1), the past that has left the window; None for an empty one.
         key_mask: (B, P + T), False for padding. Queries at padded positions get zeros.
         segment_ids: (B, T), non-decreasing; packed sequences that do not see each other. Needs P = 0 and no state.
@@ -97,19 +110,48 @@ def hybrid_attention(
         ValueError: on shapes that do not fit, naming them.
     """
     _check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids)
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    blocks = _one_block if num_queries <= window_size else _window_blocks
+    if (terrace or num_sinks) and (q.shape[2] != k.shape[2] or state is not None):
+        raise ValueError("terrace and num_sinks are for whole sequences: they take neither past keys nor a state")
+    options = {"window_size": window_size, "terrace": terrace, "num_sinks": num_sinks}
+    maps = (feature_map_q, feature_map_k)
+    weights = (window_factor, scale, linear_weight, window_weight, meta_logit)
     with torch.autocast(q.device.type, enabled=False):  # autocast would round the products below to bf16
-        layout = blocks(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids)
-        out = _attend(layout, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight)
-        out = out[:, :, :num_queries].to(v.dtype)
-        if not return_state:
-            return out, None
+        if (terrace or num_sinks) and (key_mask is not None or segment_ids is not None):
+            out, new = _each_sequence(q, k, v, maps, weights, options, sequence_bounds(key_mask, segment_ids))
+        else:
+            out, new = _sequences(q, k, v, maps, weights, options, state, key_mask, segment_ids)
+        return out.to(v.dtype), new() if return_state else None
+
+
+def _each_sequence(q, k, v, maps, weights, options, bounds: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Attend in one sequence after the other: what counts from a sequence's start, counts from each one's own."""
+    out, states = torch.zeros(*q.shape[:3], v.shape[-1], dtype=_precise(v), device=q.device), []
+    for row, start, end in bounds.tolist():
+        part = (x[row : row + 1, :, start:end] for x in (q, k, v))
+        out[row, :, start:end], state = (x for x in _sequences(*part, maps, weights, options, None, None, None))
+        states.append(state)
+    return out, lambda: torch.cat([state() for state in states])
+
+
+def _sequences(
+    q, k, v, maps, weights, options, state, key_mask, segment_ids
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Attend in a batch; also return what computes the state after it."""
+    num_queries, num_keys, window_size = q.shape[2], k.shape[2], options["window_size"]
+    if not num_queries:
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), lambda: linear_state(k[:, :, :0], v[:, :, :0], maps[1])
+    past = torch.arange(num_keys, device=q.device) >= options["num_sinks"]  # keys that can become past
+    blocks = _one_block if num_queries <= window_size else _window_blocks
+    layout = blocks(q, k, v, maps[1], options, past, state, key_mask, segment_ids)
+    out = _attend(layout, *maps, *weights)[:, :, :num_queries]
+
+    def new_state() -> Tensor:
         leaving = max(num_keys - (window_size - 1), 0)
-        gone = linear_state(
-            k[:, :, :leaving], v[:, :, :leaving], feature_map_k, None if key_mask is None else key_mask[:, :leaving]
-        )
-        return out, gone if state is None else state + gone
+        counted = past[None] if key_mask is None else past & key_mask
+        gone = linear_state(k[:, :, :leaving], v[:, :, :leaving], maps[1], counted[:, :leaving])
+        return gone if state is None else state + gone
+
+    return out, new_state
 
 
 class _Blocks(NamedTuple):
@@ -124,9 +166,33 @@ class _Blocks(NamedTuple):
     state_mask: Tensor | None  # (B, N, C): queries whose own segment the state belongs to
 
 
-def _one_block(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids) -> _Blocks:
-    """Few queries (decode, short prompts): one block holds them all."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
+def _with_sinks(blocks: _Blocks, k: Tensor, v: Tensor, options: dict[str, Any], query_pos: Tensor) -> _Blocks:
+    """Append the first keys of the sequence to those that every block sees, for queries whose window has left them.
+
+    query_pos: (N, C), each query's position.
+    """
+    count, size = min(options["num_sinks"], k.shape[2]), options["window_size"]
+    if not count:
+        return blocks
+    sinks = torch.arange(count, device=k.device)
+    far = query_pos[:, :, None] - sinks >= size
+    if options["terrace"]:
+        far = query_pos[:, :, None] // size - sinks // size > 1
+    num_blocks = blocks.k.shape[2]
+    again = [x[:, :, None, :count].expand(-1, -1, num_blocks, -1, -1) for x in (k, v)]
+    window_mask = torch.cat([blocks.window_mask, far.expand(len(blocks.window_mask), -1, -1, -1)], -1)
+    linear_mask = None if blocks.linear_mask is None else F.pad(blocks.linear_mask, (0, count))
+    return blocks._replace(
+        k=torch.cat([blocks.k, again[0]], 3),
+        v=torch.cat([blocks.v, again[1]], 3),
+        window_mask=window_mask,
+        linear_mask=linear_mask,
+    )
+
+
+def _one_block(q, k, v, feature_map_k, options, past, state, key_mask, segment_ids) -> _Blocks:
+    """Few queries (decode, short prompts): one block holds them all, in no need of sinks or terraces."""
+    num_queries, num_keys, window_size = q.shape[2], k.shape[2], options["window_size"]
     query_pos = torch.arange(num_keys - num_queries, num_keys, device=q.device)
     distance = query_pos[:, None] - torch.arange(num_keys, device=q.device)
     visible = (distance >= 0)[None, None]
@@ -146,15 +212,17 @@ def _one_block(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids
     )
 
 
-def _window_blocks(q, k, v, feature_map_k, window_size, state, key_mask, segment_ids) -> _Blocks:
+def _window_blocks(q, k, v, feature_map_k, options, past, state, key_mask, segment_ids) -> _Blocks:
     """Many queries: blocks of `window_size`, each seeing itself, the block before, and the state of all others."""
-    batch, num_queries, num_keys, size = q.shape[0], q.shape[2], k.shape[2], window_size
+    batch, num_queries, num_keys, size = q.shape[0], q.shape[2], k.shape[2], options["window_size"]
+    sink_k, sink_v = k, v
     num_blocks = math.ceil(num_queries / size)
     tail = num_blocks * size - num_queries
     head = size - (num_keys - num_queries)  # empty slots before the past keys, which fill block 0 from the right
     q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (num_blocks, size))
     k, v = (F.pad(x, (0, 0, head, tail)).unflatten(2, (num_blocks + 1, size)) for x in (k, v))
     real = torch.ones(1, num_keys, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
+    past = F.pad(past[None], (head, tail)).unflatten(1, (num_blocks + 1, size))
     real = F.pad(real, (head, tail)).unflatten(1, (num_blocks + 1, size))
     segments = None
     if segment_ids is not None:
@@ -166,18 +234,21 @@ def _window_blocks(q, k, v, feature_map_k, window_size, state, key_mask, segment
     visible = (distance >= 0) & _pairs(real)[:, :, None, :] & real[:, 1:, :, None]
     if segments is not None:
         visible = visible & (segments[:, 1:, :, None] == _pairs(segments)[:, :, None, :])
-    states, state_mask = _block_states(k, v, feature_map_k, real, segments, state)
+    in_window = distance < (2 * size if options["terrace"] else size)
+    states, state_mask = _block_states(k, v, feature_map_k, real & past, segments, state)
     if state_mask is None and key_mask is not None:
         state_mask = real[:, 1:]
-    return _Blocks(
+    blocks = _Blocks(
         q,
         torch.cat([k[:, :, :-1], k[:, :, 1:]], dim=3),
         torch.cat([v[:, :, :-1], v[:, :, 1:]], dim=3),
-        visible & (distance < size),
-        visible & (distance >= size),
+        visible & in_window,
+        visible & ~in_window & _pairs(past)[:, :, None, :],
         states.expand(batch, -1, -1, -1, -1),
         state_mask,
     )
+    places = torch.arange(num_blocks * size, device=q.device).unflatten(0, (num_blocks, size))
+    return _with_sinks(blocks, sink_k, sink_v, options, places)
 
 
 def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, Tensor | None]:
@@ -207,18 +278,27 @@ def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, T
     return torch.stack(states, dim=2), (segments[:, 1:] == before[:, :, None]) & real[:, 1:]
 
 
-def _attend(blocks, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight) -> Tensor:
+def _attend(
+    blocks, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight, meta_logit
+) -> Tensor:
     """Evaluate the equation on every block and return (B, H, N·C, D), fp32."""
-    q, k, v = blocks.q.float(), blocks.k.float(), blocks.v.float()
-    heads, size, dim = q.shape[1], q.shape[3], q.shape[4]
+    kind = _precise(blocks.v)
+    q, k, v = blocks.q.to(kind), blocks.k.to(kind), blocks.v.to(kind)
+    heads, size, dim = q.shape[1], q.shape[3], v.shape[4]
 
     scores = _grouped(q, k.shape[1]) @ k.transpose(-1, -2) * scale
     scores = scores.unflatten(3, (-1, size)).masked_fill(~blocks.window_mask[:, None, :, None], -torch.inf)
     top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    if meta_logit is not None:
+        meta = meta_logit.to(kind).unflatten(0, (k.shape[1], -1))[None, :, None, :, None, None]
+        top = torch.maximum(top, meta.detach())
     p = torch.exp(scores - top)
     window = _ungrouped(p.flatten(3, 4) @ _with_ones(v), heads, size)  # (B, H, N, C, D + 1)
+    if meta_logit is not None:
+        memory = _ungrouped(torch.exp(meta - top).flatten(3, 4), heads, size)
+        window = torch.cat([window[..., :dim], window[..., dim:] + memory], -1)
     top = _ungrouped(top.flatten(3, 4), heads, size)
-    log_window = window_factor.float().log()[None, :, None, None, None] + _log(window_weight)
+    log_window = window_factor.to(kind).log()[None, :, None, None, None] + _log(window_weight)
 
     linear = _linear_branch(blocks, q, k, v, feature_map_q, feature_map_k)  # (B, H, N, C, D + 1)
     log_linear = torch.full_like(top, _log(linear_weight)).masked_fill(linear[..., -1:] <= 0, -torch.inf)
@@ -235,7 +315,8 @@ def _attend(blocks, feature_map_q, feature_map_k, window_factor, scale, linear_w
 
 def _linear_branch(blocks, q, k, v, feature_map_q, feature_map_k) -> Tensor:
     """Σ φq·φk [v, 1] over the state and over the block's own keys past the window; (B, H, N, C, D + 1)."""
-    heads, num_blocks, size, dim = q.shape[1:]
+    heads, num_blocks, size = q.shape[1:4]
+    dim = v.shape[-1]
     map_heads = feature_map_k.shape[0]
     phi_q = hedgehog_feature_map(q.flatten(2, 3), feature_map_q).unflatten(2, (num_blocks, size))
     phi_q = _grouped(phi_q, map_heads)  # (B, L, N, R·C, F)
@@ -254,6 +335,40 @@ def _linear_branch(blocks, q, k, v, feature_map_q, feature_map_k) -> Tensor:
     return _ungrouped(out, heads, size)
 
 
+def sequence_bounds(key_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+    """Find the sequences in a padded or packed batch.
+
+    Args:
+        key_mask: (B, T), False for padding, which lies before or after a row's tokens.
+        segment_ids: (B, T), non-decreasing sequence numbers of a packed batch.
+
+    Returns:
+        (N, 3) int32 on the CPU's or the mask's device: row, start and end; rows in order, one each with a mask alone.
+
+    Raises:
+        ValueError: if a mask has padding between tokens.
+    """
+    if key_mask is not None:
+        real = key_mask.bool()
+        if segment_ids is not None:
+            raise ValueError("give a key mask or segment ids, not both: padding can be a segment of its own")
+        places = torch.arange(real.shape[1], device=real.device)
+        start = torch.where(real, places, real.shape[1]).amin(1)
+        end = torch.where(real, places + 1, 0).amax(1)
+        start = torch.minimum(start, end)
+        if not torch.equal(end - start, real.sum(1)):
+            raise ValueError("a padding mask must have a row's tokens in one piece, padding only before or after them")
+        rows = torch.arange(len(real), device=real.device)
+        return torch.stack([rows, start, end], 1).int()
+    if segment_ids is None:
+        raise ValueError("give a key mask or segment ids")
+    change = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    rows, start = change.nonzero(as_tuple=True)
+    following = torch.cat([start[1:], start.new_zeros(1)])
+    end = torch.where(following == 0, segment_ids.shape[1], following)
+    return torch.stack([rows, start, end], 1).int()
+
+
 def _grouped(x: Tensor, groups: int) -> Tensor:
     """(B, H, N, C, X) -> (B, groups, N, R·C, X): the R query heads of a group share its keys."""
     return x.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3, 4)
@@ -270,7 +385,11 @@ def _expand_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _with_ones(v: Tensor) -> Tensor:
-    return F.pad(v.float(), (0, 1), value=1.0)
+    return F.pad(v.to(_precise(v)), (0, 1), value=1.0)
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _pairs(x: Tensor) -> Tensor:
