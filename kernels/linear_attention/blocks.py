@@ -24,7 +24,14 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def split_of(bounds, HAS_BOUNDS: tl.constexpr, num_splits, num_keys, unit):
+def in_two(x, KIND: tl.constexpr):
+    """x as the sum of two numbers of a narrower dtype."""
+    high = x.to(KIND)
+    return high, (x - high.to(tl.float32)).to(KIND)
+
+
+@triton.jit
+def split_of(bounds, HAS_BOUNDS: tl.constexpr, num_splits, num_keys):
     """(row, first key, last key + 1, split) of program 0: bounds are (N, 3) rows, starts and ends; without, a row each."""
     number = tl.program_id(0)
     sequence = number // num_splits
@@ -44,7 +51,7 @@ def split_of(bounds, HAS_BOUNDS: tl.constexpr, num_splits, num_keys, unit):
 def load_block(pointer, time, stride, ok, WIDTH: tl.constexpr):
     """Rows `time` (BT,) of a (T, WIDTH) matrix; rows that are not ok are zero."""
     columns = tl.arange(0, WIDTH)
-    return tl.load(pointer + time[:, None] * stride + columns[None, :], mask=ok[:, None], other=0.0)
+    return tl.load(pointer + time.to(tl.int64)[:, None] * stride + columns[None, :], mask=ok[:, None], other=0.0)
 
 
 @triton.jit
@@ -108,22 +115,18 @@ def state_offsets(number, heads, head, value_block, HALF: tl.constexpr, V: tl.co
 def split_states(
     x,
     y,
-    log_gate,
     row_weight,
     extra,
     maps,
     bounds,
     states,
     denominators,
-    decays,
     x_batch,
     x_head,
     x_time,
     y_batch,
     y_head,
     y_time,
-    gate_batch,
-    gate_head,
     heads,
     x_group,
     y_group,
@@ -136,10 +139,8 @@ def split_states(
     skip,
     limit,
     HAS_BOUNDS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
     HAS_MAP: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    REVERSE: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     V: tl.constexpr,
@@ -147,20 +148,17 @@ def split_states(
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the blocks of a split add to the state: Σ φ(x_t) [y_t, 1]ᵀ, each term decayed to the split's far end.
-
-    Backwards (REVERSE), terms are φ(x_t) [r_t y_t, e_t]ᵀ, decayed to the split's start.
+    """What the blocks of a split add to the state: Σ φ(x_t) [y_t, 1]ᵀ, or with HAS_WEIGHT φ(x_t) [r_t y_t, e_t]ᵀ.
 
     Args:
         x: (B, X, T, DIM), or raw features (B, X, T, 2·HALF).
         y: (B, Y, T, V).
-        log_gate: (B, H, T) fp32.
         row_weight, extra: (B, H, T) fp32, r and e above.
         maps: (M, DIM, HALF).
         bounds: (N, 3).
-        states, denominators, decays: outputs (N, splits, H, 2·HALF, V), (N, splits, H, 2·HALF), (N, splits, H), fp32.
+        states, denominators: outputs (N, splits, H, 2·HALF, V) and (N, splits, H, 2·HALF), fp32.
         x_group, y_group, map_group: query heads a head of x, of y, a map.
-        num_keys, num_rows: T, and rows of `log_gate`, `row_weight` and `extra`.
+        num_keys, num_rows: T, and rows of `row_weight` and `extra`.
         shift: blocks by which the split's range is moved (the window's lag).
         skip: terms at the start of each sequence that do not count (sinks).
         limit: terms at the end of each sequence that do not count.
@@ -168,11 +166,10 @@ def split_states(
     number = tl.program_id(0)
     head = tl.program_id(1)
     value_block = tl.program_id(2)
-    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys, BT)
+    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
     map = load_map(maps, head // map_group, HAS_MAP, DIM, HALF)
     x += row * x_batch + (head // x_group).to(tl.int64) * x_head
     y += row * y_batch + (head // y_group).to(tl.int64) * y_head + value_block * BV
-    log_gate += row * gate_batch + head.to(tl.int64) * gate_head
     rows = (row * tl.num_programs(1) + head) * num_rows
     first = tl.maximum(split * split_blocks + shift, 0)
     last = tl.minimum((split + 1) * split_blocks + shift, tl.cdiv(end - start, BT).to(tl.int32))
@@ -181,26 +178,13 @@ def split_states(
     state1 = tl.zeros([HALF, BV], tl.float32)
     sum0 = tl.zeros([HALF], tl.float32)
     sum1 = tl.zeros([HALF], tl.float32)
-    total = tl.zeros([1], tl.float32)
     for step in range(count):
-        block = last - 1 - step if REVERSE else first + step
+        block = first + step
         time = start + block * BT + tl.arange(0, BT)
         ok = time < end
         counted = (time >= start + skip) & (time < end - limit)
         phi0, phi1 = features(x, time, x_time, ok & counted, map, HAS_MAP, DIM, HALF, PRECISION)
         values = load_block(y, time, y_time, ok, BV)
-        if HAS_GATE:
-            gate = tl.load(log_gate + time, mask=ok, other=0.0)
-            through = tl.cumsum(gate, 0)
-            whole = tl.sum(gate, 0)
-            decay = tl.exp(through) if REVERSE else tl.exp(whole - through)
-            phi0 = phi0 * decay[:, None]
-            phi1 = phi1 * decay[:, None]
-            state0 *= tl.exp(whole)
-            state1 *= tl.exp(whole)
-            sum0 *= tl.exp(whole)
-            sum1 *= tl.exp(whole)
-            total += whole
         if HAS_WEIGHT:
             weight = tl.load(row_weight + rows + time, mask=ok, other=0.0)
             added = tl.load(extra + rows + time, mask=ok, other=0.0)
@@ -219,8 +203,6 @@ def split_states(
     if value_block == 0:
         tl.store(denominators + at_sum, sum0)
         tl.store(denominators + at_sum + HALF, sum1)
-        if HAS_GATE:
-            tl.store(decays + number.to(tl.int64) * heads + head + tl.arange(0, 1), total)
 
 
 @triton.jit
@@ -241,7 +223,7 @@ def scan_states(
 
     Args:
         states: (N, splits, H, size) fp32.
-        decays: (N, splits, H) fp32, log decay over each split.
+        decays: (N, splits, H) fp32, log2 of the decay over each split.
         first, last: (N, H, size) fp32, before the first split and after the last.
     """
     sequence = tl.program_id(0).to(tl.int64)
@@ -258,7 +240,7 @@ def scan_states(
         added = tl.load(states + index * size + at, mask=ok, other=0.0)
         tl.store(states + index * size + at, running, mask=ok)
         if HAS_DECAY:
-            running *= tl.exp(tl.load(decays + index))
+            running *= tl.exp2(tl.load(decays + index))
         running += added
     tl.store(last + one, running, mask=ok)
 

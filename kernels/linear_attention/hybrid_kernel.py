@@ -10,6 +10,8 @@ from __future__ import annotations
 from kit.kernels.linear_attention.blocks import (
     dot,
     features,
+    in_two,
+    in_two,
     load_block,
     load_map,
     softmax_pair,
@@ -24,28 +26,33 @@ try:
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
+NOTHING = tl.constexpr(-1e30)  # the log of no weight at all
 MOST = tl.constexpr(60.0)  # exp of more than this is never needed: an empty past is multiplied by it
 
 
 @triton.jit
-def _near(block, back, time, key_time, WINDOW: tl.constexpr, TERRACE: tl.constexpr, BT: tl.constexpr):
-    """(queries, keys): whether key j >= 0 steps back is in the window: by distance, or this window's block or the last."""
+def _near(block, back, index, WINDOW: tl.constexpr, TERRACE: tl.constexpr, BT: tl.constexpr):
+    """(queries, keys): whether keys `back` blocks before the queries' block are in the window.
+
+    By distance; or, in a terrace, whether they lie in the same block of WINDOW positions or in the one before it.
+    """
+    apart = index[:, None] - index[None, :]
     if TERRACE:
         per_window: tl.constexpr = WINDOW // BT
-        near = (block // per_window - (block - back) // per_window <= 1) & (time[:, None] >= 0) & (key_time[None, :] >= 0)
+        near = (block // per_window - (block - back) // per_window <= 1) & (apart < BT)
     else:
-        near = time[:, None] - key_time[None, :] < WINDOW
+        near = apart < WINDOW - back * BT
     return near
 
 
 @triton.jit
-def _sinks_far(block, time, start, sink, WINDOW: tl.constexpr, TERRACE: tl.constexpr, BT: tl.constexpr):
+def _sinks_far(block, index, sink, WINDOW: tl.constexpr, TERRACE: tl.constexpr, BT: tl.constexpr):
     """(queries, sinks): whether a sink has left the window."""
     if TERRACE:
         per_window: tl.constexpr = WINDOW // BT
-        far = (block // per_window - (sink // WINDOW)[None, :] > 1) & (time[:, None] >= 0)
+        far = (block // per_window - (sink // WINDOW)[None, :] > 1) & (index[:, None] >= 0)
     else:
-        far = time[:, None] - (start + sink)[None, :] >= WINDOW
+        far = block * BT + index[:, None] - sink[None, :] >= WINDOW
     return far
 
 
@@ -111,18 +118,24 @@ def hybrid_forward(
     number = tl.program_id(0)
     head = tl.program_id(1)
     value_block = tl.program_id(2)
-    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys, BT)
+    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
     sequence = number // num_splits
-    weights_q = load_map(map_q, head, HAS_LINEAR, DIM, HALF)
-    weights_k = load_map(map_k, head // map_group, HAS_LINEAR, DIM, HALF)
     log_g = tl.load(log_factor + head)
     q += row * q_batch + head.to(tl.int64) * q_head
     k += row * k_batch + (head // group).to(tl.int64) * k_head
     v += row * v_batch + (head // group).to(tl.int64) * v_head + value_block * BV
     out += row * out_batch + head.to(tl.int64) * out_head + value_block * BV
-    log_mass += (row * tl.num_programs(1) + head) * num_queries
+    log_mass += (row * tl.num_programs(1) + head) * num_queries + start - num_past
+    length = (end - start).to(tl.int32)
+    index = tl.arange(0, BT)
+    q_rows = tl.make_tensor_descriptor(q + start * q_time, [length - num_past, DIM], [q_time, 1], [BT, DIM])
+    k_rows = tl.make_tensor_descriptor(k + start * k_time, [length, DIM], [k_time, 1], [BT, DIM])
+    v_rows = tl.make_tensor_descriptor(v + start * v_time, [length, BV], [v_time, 1], [BT, BV])
+    wq_rows = tl.make_tensor_descriptor(map_q + head * DIM * HALF, [DIM, HALF], [HALF, 1], [DIM, HALF])
+    wk_rows = tl.make_tensor_descriptor(map_k + (head // map_group) * DIM * HALF, [DIM, HALF], [HALF, 1], [DIM, HALF])
+    out += (start - num_past) * out_time
     first = split * split_blocks
-    last = tl.minimum(first + split_blocks, tl.cdiv(end - start, BT).to(tl.int32))
+    last = tl.minimum(first + split_blocks, tl.cdiv(length, BT))
     columns = tl.arange(0, BV)
     if SINKS > 0:
         sink = tl.arange(0, 16)
@@ -130,100 +143,110 @@ def hybrid_forward(
         sinks_k = tl.load(sink_k + (at + sink)[:, None] * DIM + tl.arange(0, DIM)[None, :])
         sinks_v = tl.load(sink_v + (at + sink)[:, None] * V + value_block * BV + columns[None, :])
     if HAS_LINEAR:
+        lane = tl.arange(0, 16)[None, :]
+        ones = tl.where(lane == 0, tl.full([BT, 16], 1.0, tl.float32), 0.0).to(q.dtype.element_ty)
+        sum0 = tl.zeros([HALF, 16], tl.float32)  # the columns add up: products with them run on the tensor cores
+        sum1 = tl.zeros([HALF, 16], tl.float32)
         if HAS_STATE:
             at, at_sum = state_offsets(number, heads, head, value_block, HALF, V, BV)
-            state0 = tl.load(states + at)
-            state1 = tl.load(states + at + HALF * V)
-            sum0 = tl.load(sums + at_sum)
-            sum1 = tl.load(sums + at_sum + HALF)
+            state0 = tl.trans(tl.load(states + at))
+            state1 = tl.trans(tl.load(states + at + HALF * V))
+            sum0 += tl.where(lane == 0, tl.load(sums + at_sum)[:, None], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(sums + at_sum + HALF)[:, None], 0.0)
         else:
-            state0 = tl.zeros([HALF, BV], tl.float32)
-            state1 = tl.zeros([HALF, BV], tl.float32)
-            sum0 = tl.zeros([HALF], tl.float32)
-            sum1 = tl.zeros([HALF], tl.float32)
+            state0 = tl.zeros([BV, HALF], tl.float32)
+            state1 = tl.zeros([BV, HALF], tl.float32)
     for block in range(first, last):
-        time = start + block * BT + tl.arange(0, BT)
-        ok = (time < end) & (time >= num_past)
-        x = load_block(q, time - num_past, q_time, ok, DIM)
+        place = block * BT + index
+        ok = (place < length) & (place >= num_past)
+        x = q_rows.load([block * BT - num_past, 0])
+        # weights are in units of exp(top)
         if HAS_META:
-            top = tl.zeros([BT], tl.float32) + tl.load(meta + head)
+            top = tl.zeros([BT], tl.float32) + tl.load(meta + head) + log_g
             total = tl.full([BT], 1.0, tl.float32)
         else:
-            top = tl.full([BT], -1e30, tl.float32)
+            top = tl.full([BT], NOTHING, tl.float32)
             total = tl.zeros([BT], tl.float32)
-        y = tl.zeros([BT, BV], tl.float32)
         if HAS_LINEAR:
-            q0, q1 = softmax_pair(dot(x, weights_q, PRECISION))
-            past = tl.sum(q0 * sum0[None, :], 1) + tl.sum(q1 * sum1[None, :], 1)
+            q0, q1 = softmax_pair(dot(x, wq_rows.load([0, 0]), PRECISION))
             q0 = q0.to(x.dtype)
             q1 = q1.to(x.dtype)
-            y_past = dot(q0, state0, PRECISION) + dot(q1, state1, PRECISION)
+            high, low = in_two(sum0, x.dtype)
+            past = tl.dot(q0, low, dot(q0, high, PRECISION), input_precision=PRECISION)
+            high, low = in_two(sum1, x.dtype)
+            past = tl.dot(q1, low, tl.dot(q1, high, past, input_precision=PRECISION), input_precision=PRECISION)
+            past = tl.sum(past, 1)
+            y = dot(q0, tl.trans(state0.to(x.dtype)), PRECISION)
+            y = tl.dot(q1, tl.trans(state1.to(x.dtype)), y, input_precision=PRECISION)
+            higher = tl.maximum(top, tl.where(past > 0, log_linear, NOTHING))
+            total = total * tl.exp(top - higher) + past * tl.exp(tl.minimum(log_linear - higher, 0.0))
+            y *= tl.exp(tl.minimum(log_linear - higher, 0.0))[:, None]
+            top = higher
+        else:
+            y = tl.zeros([BT, BV], tl.float32)
         for back in tl.static_range(LAG + 1):
-            key_time = time - back * BT
-            there = (key_time >= start) & (key_time < end)
-            values = load_block(v, key_time, v_time, there, BV)
-            near = _near(block, back, time, key_time, WINDOW, TERRACE, BT)
+            key_place = place - back * BT
+            there = (key_place >= 0) & (key_place < length)
+            keys = k_rows.load([block * BT - back * BT, 0])
+            values = v_rows.load([block * BT - back * BT, 0])
+            near = _near(block, back, index, WINDOW, TERRACE, BT)
             if back == 0:
-                pairs = there[None, :] & (time[:, None] >= key_time[None, :])
+                pairs = there[None, :] & (index[:, None] >= index[None, :])
             else:
-                pairs = there[None, :] & (time[:, None] >= start)
+                pairs = there[None, :] & (index[:, None] >= 0)
+            if HAS_LINEAR and back >= FAR:
+                counted = (there & (key_place >= SINKS))[:, None]
+                k0, k1 = softmax_pair(dot(keys, wk_rows.load([0, 0]), PRECISION))
+                k0 = tl.where(counted, k0, 0.0)
+                k1 = tl.where(counted, k1, 0.0)
+                k0 = k0.to(keys.dtype)
+                k1 = k1.to(keys.dtype)
+                a = tl.dot(q1, tl.trans(k1), dot(q0, tl.trans(k0), PRECISION), input_precision=PRECISION)
+                a = tl.where(pairs & (near == 0), a, 0.0)
+                higher = tl.maximum(top, tl.where(tl.max(a, 1) > 0, log_linear, NOTHING))
+            else:
+                higher = top
             if HAS_WINDOW:
-                keys = load_block(k, key_time, k_time, there, DIM)
-                s = dot(x, tl.trans(keys), PRECISION) * scale
-                s = tl.where(pairs & near, s, -float("inf"))
-                higher = tl.maximum(top, tl.max(s, 1))
+                s = tl.where(pairs & near, dot(x, tl.trans(keys), PRECISION) * scale + log_g, -float("inf"))
+                higher = tl.maximum(higher, tl.max(s, 1))
                 p = tl.exp(s - higher[:, None])
+                if HAS_LINEAR and back >= FAR:
+                    p += a * tl.exp(tl.minimum(log_linear - higher, 0.0))[:, None]
+            elif HAS_LINEAR and back >= FAR:
+                p = a * tl.exp(tl.minimum(log_linear - higher, 0.0))[:, None]
+            if HAS_WINDOW or (HAS_LINEAR and back >= FAR):
                 shrink = tl.exp(top - higher)
                 total = total * shrink + tl.sum(p, 1)
-                y = y * shrink[:, None] + dot(p.to(values.dtype), values, PRECISION)
+                y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision=PRECISION)
                 top = higher
-            if HAS_LINEAR:
-                if back >= FAR:
-                    counted = there & (key_time >= start + SINKS)
-                    k0, k1 = features(k, key_time, k_time, counted, weights_k, True, DIM, HALF, PRECISION)
-                    a = dot(q0, tl.trans(k0.to(q0.dtype)), PRECISION) + dot(q1, tl.trans(k1.to(q0.dtype)), PRECISION)
-                    a = tl.where(pairs & (near == 0), a, 0.0)
-                    past += tl.sum(a, 1)
-                    y_past += dot(a.to(values.dtype), values, PRECISION)
         if SINKS > 0:
             if HAS_WINDOW:
-                far = _sinks_far(block, time, start, sink, WINDOW, TERRACE, BT) & (sink < SINKS)[None, :]
-                s = dot(x, tl.trans(sinks_k), PRECISION) * scale
-                s = tl.where(far, s, -float("inf"))
+                far = _sinks_far(block, index, sink, WINDOW, TERRACE, BT) & (sink < SINKS)[None, :]
+                s = tl.where(far, dot(x, tl.trans(sinks_k), PRECISION) * scale + log_g, -float("inf"))
                 higher = tl.maximum(top, tl.max(s, 1))
                 p = tl.exp(s - higher[:, None])
                 shrink = tl.exp(top - higher)
                 total = total * shrink + tl.sum(p, 1)
-                y = y * shrink[:, None] + dot(p.to(sinks_v.dtype), sinks_v, PRECISION)
+                y = tl.dot(p.to(sinks_v.dtype), sinks_v, y * shrink[:, None], input_precision=PRECISION)
                 top = higher
-        if HAS_LINEAR:
-            far_log = log_linear + tl.log(tl.maximum(past, 1e-37))
-            far_log = tl.where(past > 0, far_log, -1e30)
-        else:
-            far_log = tl.full([BT], -1e30, tl.float32)
-        if HAS_WINDOW:
-            near_log = top + log_g + tl.log(tl.maximum(total, 1e-37))
-            peak = tl.maximum(near_log, far_log)
-            log_total = peak + tl.log(tl.exp(near_log - peak) + tl.exp(far_log - peak))
-            y *= tl.exp(top + log_g - log_total)[:, None]
-        else:
-            log_total = tl.where(far_log > -1e29, far_log, 0.0)
-        if HAS_LINEAR:
-            y += y_past * tl.exp(tl.minimum(log_linear - log_total, MOST))[:, None]
-        at_out = (time - num_past)[:, None] * out_time + columns[None, :]
+        y = y / tl.where(total == 0, 1.0, total)[:, None]
+        at_out = place.to(tl.int64)[:, None] * out_time + columns[None, :]
         tl.store(out + at_out, y.to(out.dtype.element_ty), mask=ok[:, None])
         if value_block == 0:
-            tl.store(log_mass + time - num_past, log_total, mask=ok)
+            log_total = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-37)), 0.0)
+            tl.store(log_mass + place, log_total, mask=ok)
         if HAS_LINEAR:  # keys of block n - LAG leave the window's reach
             if FAR > LAG:  # else they are what the last step back has met
-                key_time = time - LAG * BT
-                counted = (key_time >= start + SINKS) & (key_time < end)
-                values = load_block(v, key_time, v_time, counted, BV)
-                k0, k1 = features(k, key_time, k_time, counted, weights_k, True, DIM, HALF, PRECISION)
-            state0 += dot(tl.trans(k0.to(values.dtype)), values, PRECISION)
-            state1 += dot(tl.trans(k1.to(values.dtype)), values, PRECISION)
-            sum0 += tl.sum(k0, 0)
-            sum1 += tl.sum(k1, 0)
+                counted = (there & (key_place >= SINKS))[:, None]
+                k0, k1 = softmax_pair(dot(keys, wk_rows.load([0, 0]), PRECISION))
+                k0 = tl.where(counted, k0, 0.0)
+                k1 = tl.where(counted, k1, 0.0)
+                k0 = k0.to(keys.dtype)
+                k1 = k1.to(keys.dtype)
+            sum0 = tl.dot(tl.trans(k0), ones, sum0, input_precision=PRECISION)
+            sum1 = tl.dot(tl.trans(k1), ones, sum1, input_precision=PRECISION)
+            state0 = tl.dot(tl.trans(values), k0, state0, input_precision=PRECISION)
+            state1 = tl.dot(tl.trans(values), k1, state1, input_precision=PRECISION)
 
 
 @triton.jit
@@ -298,22 +321,28 @@ def hybrid_backward_queries(
     number = tl.program_id(0)
     head = tl.program_id(1)
     value_block = tl.program_id(2)
-    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys, BT)
+    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
     sequence = number // num_splits
-    weights_q = load_map(map_q, head, HAS_LINEAR, DIM, HALF)
-    weights_k = load_map(map_k, head // map_group, HAS_LINEAR, DIM, HALF)
     log_g = tl.load(log_factor + head)
     rows = (row * tl.num_programs(1) + head) * num_queries
     q += row * q_batch + head.to(tl.int64) * q_head
     k += row * k_batch + (head // group).to(tl.int64) * k_head
     v += row * v_batch + (head // group).to(tl.int64) * v_head + value_block * BV
     d_out += row * out_batch + head.to(tl.int64) * out_head + value_block * BV
-    log_mass += rows
-    inner += rows
-    d_q += (value_block.to(tl.int64) * num_rows + rows) * DIM
+    log_mass += rows + start - num_past
+    inner += rows + start - num_past
+    d_q += (value_block.to(tl.int64) * num_rows + rows + start - num_past) * DIM
     partial = (value_block * tl.num_programs(0) + number).to(tl.int64) * heads + head
+    length = (end - start).to(tl.int32)
+    index = tl.arange(0, BT)
+    q_rows = tl.make_tensor_descriptor(q + start * q_time, [length - num_past, DIM], [q_time, 1], [BT, DIM])
+    k_rows = tl.make_tensor_descriptor(k + start * k_time, [length, DIM], [k_time, 1], [BT, DIM])
+    v_rows = tl.make_tensor_descriptor(v + start * v_time, [length, BV], [v_time, 1], [BT, BV])
+    o_rows = tl.make_tensor_descriptor(d_out + start * out_time, [length - num_past, BV], [out_time, 1], [BT, BV])
+    wq_rows = tl.make_tensor_descriptor(map_q + head * DIM * HALF, [DIM, HALF], [HALF, 1], [DIM, HALF])
+    wk_rows = tl.make_tensor_descriptor(map_k + (head // map_group) * DIM * HALF, [DIM, HALF], [HALF, 1], [DIM, HALF])
     first = split * split_blocks
-    last = tl.minimum(first + split_blocks, tl.cdiv(end - start, BT).to(tl.int32))
+    last = tl.minimum(first + split_blocks, tl.cdiv(length, BT))
     columns = tl.arange(0, BV)
     wide = tl.arange(0, DIM)
     lone = tl.where(value_block == 0, 1.0, 0.0)
@@ -328,58 +357,60 @@ def hybrid_backward_queries(
         d_sinks_v = tl.zeros([16, BV], tl.float32)
     if HAS_LINEAR:
         d_weights = tl.zeros([DIM, HALF], tl.float32)
+        lane = tl.arange(0, 16)[None, :]
+        ones = tl.where(lane == 0, tl.full([BT, 16], 1.0, tl.float32), 0.0).to(q.dtype.element_ty)
+        sum0 = tl.zeros([HALF, 16], tl.float32)
+        sum1 = tl.zeros([HALF, 16], tl.float32)
         if HAS_STATE:
             at, at_sum = state_offsets(number, heads, head, value_block, HALF, V, BV)
-            state0 = tl.load(states + at)
-            state1 = tl.load(states + at + HALF * V)
-            sum0 = tl.load(sums + at_sum)
-            sum1 = tl.load(sums + at_sum + HALF)
+            state0 = tl.trans(tl.load(states + at))
+            state1 = tl.trans(tl.load(states + at + HALF * V))
+            sum0 += tl.where(lane == 0, tl.load(sums + at_sum)[:, None], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(sums + at_sum + HALF)[:, None], 0.0)
         else:
-            state0 = tl.zeros([HALF, BV], tl.float32)
-            state1 = tl.zeros([HALF, BV], tl.float32)
-            sum0 = tl.zeros([HALF], tl.float32)
-            sum1 = tl.zeros([HALF], tl.float32)
+            state0 = tl.zeros([BV, HALF], tl.float32)
+            state1 = tl.zeros([BV, HALF], tl.float32)
     for block in range(first, last):
-        time = start + block * BT + tl.arange(0, BT)
-        ok = (time < end) & (time >= num_past)
-        x = load_block(q, time - num_past, q_time, ok, DIM)
-        d_y = load_block(d_out, time - num_past, out_time, ok, BV)
-        log_total = tl.load(log_mass + time - num_past, mask=ok, other=float("inf"))
-        d_total = tl.load(inner + time - num_past, mask=ok, other=0.0) * lone
+        place = block * BT + index
+        ok = (place < length) & (place >= num_past)
+        x = q_rows.load([block * BT - num_past, 0])
+        d_y = o_rows.load([block * BT - num_past, 0])
+        log_total = tl.load(log_mass + place, mask=ok, other=float("inf"))
+        d_total = tl.load(inner + place, mask=ok, other=0.0) * lone
         d_x = tl.zeros([BT, DIM], tl.float32)
         if HAS_LINEAR:
             share = tl.exp(tl.minimum(log_linear - log_total, MOST))
-            d_q0 = dot(d_y, tl.trans(state0), PRECISION) - d_total[:, None] * sum0[None, :]
-            d_q1 = dot(d_y, tl.trans(state1), PRECISION) - d_total[:, None] * sum1[None, :]
-            d_q0 *= share[:, None]
-            d_q1 *= share[:, None]
+            d_q0 = (dot(d_y, state0, PRECISION) - d_total[:, None] * tl.sum(sum0, 1)[None, :]) * share[:, None]
+            d_q1 = (dot(d_y, state1, PRECISION) - d_total[:, None] * tl.sum(sum1, 1)[None, :]) * share[:, None]
         for back in tl.static_range(LAG + 1):
-            key_time = time - back * BT
-            there = (key_time >= start) & (key_time < end)
-            values = load_block(v, key_time, v_time, there, BV)
-            near = _near(block, back, time, key_time, WINDOW, TERRACE, BT)
+            key_place = place - back * BT
+            there = (key_place >= 0) & (key_place < length)
+            keys = k_rows.load([block * BT - back * BT, 0])
+            values = v_rows.load([block * BT - back * BT, 0])
+            near = _near(block, back, index, WINDOW, TERRACE, BT)
             if back == 0:
-                pairs = there[None, :] & (time[:, None] >= key_time[None, :])
+                pairs = there[None, :] & (index[:, None] >= index[None, :])
             else:
-                pairs = there[None, :] & (time[:, None] >= start)
+                pairs = there[None, :] & (index[:, None] >= 0)
             d_p = dot(d_y, tl.trans(values), PRECISION) - d_total[:, None]
             if HAS_WINDOW:
-                keys = load_block(k, key_time, k_time, there, DIM)
                 s = dot(x, tl.trans(keys), PRECISION) * scale + log_g
                 p = tl.where(pairs & near, tl.exp(s - log_total[:, None]), 0.0)
                 d_s = p * d_p
                 factor_sum += tl.sum(d_s, 1)
-                d_x += dot((d_s * scale).to(keys.dtype), keys, PRECISION)
+                d_x = tl.dot((d_s * scale).to(keys.dtype), keys, d_x, input_precision=PRECISION)
             if HAS_LINEAR:
                 if back >= FAR:
-                    counted = there & (key_time >= start + SINKS)
-                    k0, k1 = features(k, key_time, k_time, counted, weights_k, True, DIM, HALF, PRECISION)
+                    counted = (there & (key_place >= SINKS))[:, None]
+                    k0, k1 = softmax_pair(dot(keys, wk_rows.load([0, 0]), PRECISION))
+                    k0 = tl.where(counted, k0, 0.0).to(keys.dtype)
+                    k1 = tl.where(counted, k1, 0.0).to(keys.dtype)
                     d_a = tl.where(pairs & (near == 0), d_p * share[:, None], 0.0).to(values.dtype)
                     d_q0 += dot(d_a, k0, PRECISION)
                     d_q1 += dot(d_a, k1, PRECISION)
         if SINKS > 0:
             if HAS_WINDOW:
-                far = _sinks_far(block, time, start, sink, WINDOW, TERRACE, BT) & (sink < SINKS)[None, :]
+                far = _sinks_far(block, index, sink, WINDOW, TERRACE, BT) & (sink < SINKS)[None, :]
                 s = dot(x, tl.trans(sinks_k), PRECISION) * scale + log_g
                 p = tl.where(far, tl.exp(s - log_total[:, None]), 0.0)
                 d_s = p * (dot(d_y, tl.trans(sinks_v), PRECISION) - d_total[:, None])
@@ -393,20 +424,20 @@ def hybrid_backward_queries(
             factor_sum += d_s
             meta_sum += d_s
         if HAS_LINEAR:
-            q0, q1 = softmax_pair(dot(x, weights_q, PRECISION))
+            q0, q1 = softmax_pair(dot(x, wq_rows.load([0, 0]), PRECISION))
             d_z = softmax_pair_gradient(q0, q1, d_q0, d_q1).to(x.dtype)
-            d_x += dot(d_z, tl.trans(weights_q), PRECISION)
+            d_x += dot(d_z, tl.trans(wq_rows.load([0, 0])), PRECISION)
             d_weights += dot(tl.trans(x), d_z, PRECISION)
             if FAR > LAG:  # else they are what the last step back has met
-                key_time = time - LAG * BT
-                counted = (key_time >= start + SINKS) & (key_time < end)
-                values = load_block(v, key_time, v_time, counted, BV)
-                k0, k1 = features(k, key_time, k_time, counted, weights_k, True, DIM, HALF, PRECISION)
-            state0 += dot(tl.trans(k0.to(values.dtype)), values, PRECISION)
-            state1 += dot(tl.trans(k1.to(values.dtype)), values, PRECISION)
-            sum0 += tl.sum(k0, 0)
-            sum1 += tl.sum(k1, 0)
-        at_q = (time - num_past)[:, None] * DIM + wide[None, :]
+                counted = (there & (key_place >= SINKS))[:, None]
+                k0, k1 = softmax_pair(dot(keys, wk_rows.load([0, 0]), PRECISION))
+                k0 = tl.where(counted, k0, 0.0).to(keys.dtype)
+                k1 = tl.where(counted, k1, 0.0).to(keys.dtype)
+            state0 = tl.dot(tl.trans(values), k0, state0, input_precision=PRECISION)
+            state1 = tl.dot(tl.trans(values), k1, state1, input_precision=PRECISION)
+            sum0 = tl.dot(tl.trans(k0), ones, sum0, input_precision=PRECISION)
+            sum1 = tl.dot(tl.trans(k1), ones, sum1, input_precision=PRECISION)
+        at_q = place.to(tl.int64)[:, None] * DIM + wide[None, :]
         tl.store(d_q + at_q, d_x.to(d_q.dtype.element_ty), mask=ok[:, None])
     tl.store(d_factor + partial, tl.sum(factor_sum, 0))
     if HAS_META:
@@ -487,9 +518,7 @@ def hybrid_backward_keys(
     number = tl.program_id(0)
     head = tl.program_id(1)
     value_block = tl.program_id(2)
-    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys, BT)
-    weights_q = load_map(map_q, head, HAS_LINEAR, DIM, HALF)
-    weights_k = load_map(map_k, head // map_group, HAS_LINEAR, DIM, HALF)
+    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
     log_g = tl.load(log_factor + head)
     rows = (row * tl.num_programs(1) + head) * num_queries
     rows_k = (row * tl.num_programs(1) + head) * num_keys
@@ -497,92 +526,104 @@ def hybrid_backward_keys(
     k += row * k_batch + (head // group).to(tl.int64) * k_head
     v += row * v_batch + (head // group).to(tl.int64) * v_head + value_block * BV
     d_out += row * out_batch + head.to(tl.int64) * out_head + value_block * BV
-    log_mass += rows
-    inner += rows
-    share += rows
-    d_k += (value_block.to(tl.int64) * num_rows + rows_k) * DIM
-    d_v += rows_k * V + value_block * BV
+    log_mass += rows + start - num_past
+    inner += rows + start - num_past
+    share += rows + start - num_past
+    d_k += (value_block.to(tl.int64) * num_rows + rows_k + start) * DIM
+    d_v += (rows_k + start) * V + value_block * BV
+    length = (end - start).to(tl.int32)
+    index = tl.arange(0, BT)
+    q_rows = tl.make_tensor_descriptor(q + start * q_time, [length - num_past, DIM], [q_time, 1], [BT, DIM])
+    k_rows = tl.make_tensor_descriptor(k + start * k_time, [length, DIM], [k_time, 1], [BT, DIM])
+    v_rows = tl.make_tensor_descriptor(v + start * v_time, [length, BV], [v_time, 1], [BT, BV])
+    o_rows = tl.make_tensor_descriptor(d_out + start * out_time, [length - num_past, BV], [out_time, 1], [BT, BV])
+    wq_rows = tl.make_tensor_descriptor(map_q + head * DIM * HALF, [DIM, HALF], [HALF, 1], [DIM, HALF])
+    wk_rows = tl.make_tensor_descriptor(map_k + (head // map_group) * DIM * HALF, [DIM, HALF], [HALF, 1], [DIM, HALF])
     first = split * split_blocks
-    last = tl.minimum(first + split_blocks, tl.cdiv(end - start, BT).to(tl.int32))
+    last = tl.minimum(first + split_blocks, tl.cdiv(length, BT))
     count = tl.maximum(last - first, 0)
     columns = tl.arange(0, BV)
     wide = tl.arange(0, DIM)
     lone = tl.where(value_block == 0, 1.0, 0.0)
     if HAS_LINEAR:
         d_weights = tl.zeros([DIM, HALF], tl.float32)
+        lane = tl.arange(0, 16)[None, :]
+        sum0 = tl.zeros([HALF, 16], tl.float32)
+        sum1 = tl.zeros([HALF, 16], tl.float32)
         if HAS_STATE:
             at, at_sum = state_offsets(number, heads, head, value_block, HALF, V, BV)
-            state0 = tl.load(d_states + at)
-            state1 = tl.load(d_states + at + HALF * V)
-            sum0 = tl.load(d_sums + at_sum)
-            sum1 = tl.load(d_sums + at_sum + HALF)
+            state0 = tl.trans(tl.load(d_states + at))
+            state1 = tl.trans(tl.load(d_states + at + HALF * V))
+            sum0 += tl.where(lane == 0, tl.load(d_sums + at_sum)[:, None], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(d_sums + at_sum + HALF)[:, None], 0.0)
         else:
-            state0 = tl.zeros([HALF, BV], tl.float32)
-            state1 = tl.zeros([HALF, BV], tl.float32)
-            sum0 = tl.zeros([HALF], tl.float32)
-            sum1 = tl.zeros([HALF], tl.float32)
+            state0 = tl.zeros([BV, HALF], tl.float32)
+            state1 = tl.zeros([BV, HALF], tl.float32)
     for step in range(count):
         block = last - 1 - step
-        key_time = start + block * BT + tl.arange(0, BT)
-        there = key_time < end
-        keys = load_block(k, key_time, k_time, there, DIM)
-        values = load_block(v, key_time, v_time, there, BV)
+        key_place = block * BT + index
+        there = key_place < length
+        keys = k_rows.load([block * BT, 0])
+        values = v_rows.load([block * BT, 0])
         d_keys = tl.zeros([BT, DIM], tl.float32)
         d_values = tl.zeros([BT, BV], tl.float32)
         if HAS_LINEAR:
-            counted = (there & (key_time >= start + SINKS))[:, None]
-            k0, k1 = softmax_pair(dot(keys, weights_k, PRECISION))
+            counted = (there & (key_place >= SINKS))[:, None]
+            k0, k1 = softmax_pair(dot(keys, wk_rows.load([0, 0]), PRECISION))
             x0 = tl.where(counted, k0, 0.0).to(keys.dtype)
             x1 = tl.where(counted, k1, 0.0).to(keys.dtype)
-            d_values += dot(x0, state0, PRECISION) + dot(x1, state1, PRECISION)
-            d_k0 = dot(values, tl.trans(state0), PRECISION) + sum0[None, :] * lone
-            d_k1 = dot(values, tl.trans(state1), PRECISION) + sum1[None, :] * lone
+            d_values = tl.dot(x0, tl.trans(state0.to(x0.dtype)), d_values, input_precision=PRECISION)
+            d_values = tl.dot(x1, tl.trans(state1.to(x1.dtype)), d_values, input_precision=PRECISION)
+            d_k0 = dot(values, state0, PRECISION) + tl.sum(sum0, 1)[None, :] * lone
+            d_k1 = dot(values, state1, PRECISION) + tl.sum(sum1, 1)[None, :] * lone
         for back in tl.static_range(LAG + 1):
-            time = key_time + back * BT
-            ok = (time < end) & (time >= num_past)
-            x = load_block(q, time - num_past, q_time, ok, DIM)
-            d_y = load_block(d_out, time - num_past, out_time, ok, BV)
-            d_total = tl.load(inner + time - num_past, mask=ok, other=0.0) * lone
-            near = tl.trans(_near(block + back, back, time, key_time, WINDOW, TERRACE, BT))
+            place = key_place + back * BT
+            ok = (place < length) & (place >= num_past)
+            x = q_rows.load([block * BT + back * BT - num_past, 0])
+            d_y = o_rows.load([block * BT + back * BT - num_past, 0])
+            d_total = tl.load(inner + place, mask=ok, other=0.0) * lone
+            near = tl.trans(_near(block + back, back, index, WINDOW, TERRACE, BT))
             if back == 0:
-                pairs = ok[None, :] & (time[None, :] >= key_time[:, None])
+                pairs = ok[None, :] & (index[None, :] >= index[:, None])
             else:
                 pairs = ok[None, :] & there[:, None]
             d_p = dot(values, tl.trans(d_y), PRECISION) - d_total[None, :]
             if HAS_WINDOW:
-                log_total = tl.load(log_mass + time - num_past, mask=ok, other=float("inf"))
+                log_total = tl.load(log_mass + place, mask=ok, other=float("inf"))
                 s = dot(keys, tl.trans(x), PRECISION) * scale + log_g
                 p = tl.where(pairs & near, tl.exp(s - log_total[None, :]), 0.0)
-                d_values += dot(p.to(d_y.dtype), d_y, PRECISION)
-                d_keys += dot((p * d_p * scale).to(x.dtype), x, PRECISION)
+                d_values = tl.dot(p.to(d_y.dtype), d_y, d_values, input_precision=PRECISION)
+                d_keys = tl.dot((p * d_p * scale).to(x.dtype), x, d_keys, input_precision=PRECISION)
             if HAS_LINEAR:
                 if back >= FAR:
-                    part = tl.load(share + time - num_past, mask=ok, other=0.0)
-                    q0, q1 = softmax_pair(dot(x, weights_q, PRECISION))
+                    part = tl.load(share + place, mask=ok, other=0.0)
+                    q0, q1 = softmax_pair(dot(x, wq_rows.load([0, 0]), PRECISION))
                     linear = pairs & (near == 0)
                     a = dot(x0, tl.trans(q0.to(x.dtype)), PRECISION) + dot(x1, tl.trans(q1.to(x.dtype)), PRECISION)
                     a = tl.where(linear, a * part[None, :], 0.0)
-                    d_values += dot(a.to(d_y.dtype), d_y, PRECISION)
+                    d_values = tl.dot(a.to(d_y.dtype), d_y, d_values, input_precision=PRECISION)
                     d_a = tl.where(linear, d_p * part[None, :], 0.0).to(x.dtype)
                     d_k0 += dot(d_a, q0, PRECISION)
                     d_k1 += dot(d_a, q1, PRECISION)
         if HAS_LINEAR:
             d_z = softmax_pair_gradient(k0, k1, d_k0, d_k1)
             d_z = tl.where(counted, d_z, 0.0).to(keys.dtype)
-            d_keys += dot(d_z, tl.trans(weights_k), PRECISION)
+            d_keys += dot(d_z, tl.trans(wk_rows.load([0, 0])), PRECISION)
             d_weights += dot(tl.trans(keys), d_z, PRECISION)
             if FAR > LAG:
-                part = tl.load(share + time - num_past, mask=ok, other=0.0)
-                q0, q1 = softmax_pair(dot(x, weights_q, PRECISION))
-            d_total = tl.load(inner + time - num_past, mask=ok, other=0.0)
-            q0 = q0 * part[:, None]  # the next block of keys sees the last step's queries through dS
-            q1 = q1 * part[:, None]
-            state0 += dot(tl.trans(q0.to(x.dtype)), d_y, PRECISION)
-            state1 += dot(tl.trans(q1.to(x.dtype)), d_y, PRECISION)
-            sum0 -= tl.sum(q0 * d_total[:, None], 0)
-            sum1 -= tl.sum(q1 * d_total[:, None], 0)
-        tl.store(d_k + key_time[:, None] * DIM + wide[None, :], d_keys.to(d_k.dtype.element_ty), mask=there[:, None])
-        at_v = key_time[:, None] * V + columns[None, :]
+                part = tl.load(share + place, mask=ok, other=0.0)
+                q0, q1 = softmax_pair(dot(x, wq_rows.load([0, 0]), PRECISION))
+            d_total = tl.load(inner + place, mask=ok, other=0.0)
+            q0 = (q0 * part[:, None]).to(x.dtype)  # the next block of keys sees the last step's queries through dS
+            q1 = (q1 * part[:, None]).to(x.dtype)
+            high, low = in_two(-d_total, x.dtype)
+            terms = tl.where(lane == 0, high[:, None], tl.where(lane == 1, low[:, None], tl.zeros_like(low)[:, None]))
+            state0 = tl.dot(tl.trans(d_y), q0, state0, input_precision=PRECISION)
+            state1 = tl.dot(tl.trans(d_y), q1, state1, input_precision=PRECISION)
+            sum0 = tl.dot(tl.trans(q0), terms, sum0, input_precision=PRECISION)
+            sum1 = tl.dot(tl.trans(q1), terms, sum1, input_precision=PRECISION)
+        tl.store(d_k + key_place.to(tl.int64)[:, None] * DIM + wide[None, :], d_keys.to(d_k.dtype.element_ty), mask=there[:, None])
+        at_v = key_place.to(tl.int64)[:, None] * V + columns[None, :]
         tl.store(d_v + at_v, d_values.to(d_v.dtype.element_ty), mask=there[:, None])
     if HAS_LINEAR:
         partial = (value_block * tl.num_programs(0) + number).to(tl.int64) * heads + head

@@ -19,6 +19,7 @@ from kit.kernels.linear_attention.launch import (
     over_groups,
     over_value_blocks,
     past_of_splits,
+    reserve_descriptors,
     row_products,
     rows_contiguous,
 )
@@ -110,6 +111,7 @@ def _forward(
     elif linear_weight > 0 and state is not None and state_sum is not None:
         states, sums = state[:, None].clone(), state_sum[:, None].clone()
     kept = states.numel() > 0
+    reserve_descriptors(q.device)
     hybrid_kernel.hybrid_forward[cut.grid](
         q, k, v, map_q, map_k, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
         q if sink_v is None else sink_v, q if bounds is None else bounds, states if kept else log_mass,
@@ -183,6 +185,7 @@ def _backward(
     )  # fmt: skip
     flags = cut.flags(q, bounds, window, terrace, linear_weight, window_weight, num_sinks)
     at = q if bounds is None else bounds
+    reserve_descriptors(q.device)
     hybrid_kernel.hybrid_backward_queries[cut.grid](
         q, k, v, map_q, map_k, log_factor, inner if meta is None else meta, q if sink_k is None else sink_k,
         q if sink_v is None else sink_v, at, states if kept else inner, sums if kept else inner, d_out, log_mass, inner,

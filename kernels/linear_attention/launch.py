@@ -67,8 +67,15 @@ def num_splits(programs: int, length: int, rows: int) -> tuple[int, int]:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """The tensor, with its last dimension's numbers side by side."""
-    return x if x.stride(-1) == 1 and x.shape[-1] > 0 else x.contiguous()
+    """The tensor, with its last dimension's numbers side by side and rows that the bulk copy engine can address."""
+    size = x.element_size()
+    aligned = all(stride * size % 16 == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
+    return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def reserve_descriptors(device: torch.device) -> None:
+    """Let kernels make tensor descriptors: Triton asks for the memory at launch."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device=device, dtype=torch.int8))
 
 
 def empty_like_heads(x: Tensor, width: int, fill: bool) -> Tensor:
@@ -99,7 +106,6 @@ def past_of_splits(
     splits: int,
     split_blocks: int,
     bounds: Tensor | None,
-    log_gate: Tensor | None = None,
     first: tuple[Tensor, Tensor] | None = None,
     weights: tuple[Tensor, Tensor] | None = None,
     reverse: bool = False,
@@ -114,23 +120,18 @@ def past_of_splits(
     fp32: Any = {"dtype": torch.float32, "device": x.device}
     states = torch.empty(sequences, splits, heads, features, width, **fp32)
     sums = torch.empty(sequences, splits, heads, features, **fp32)
-    decays = torch.empty(sequences, splits, heads, **fp32) if log_gate is not None else sums
-    gate = sums if log_gate is None else log_gate
     row_weight, extra = weights or (sums, sums)
     split_states[(sequences * splits, heads, width // cut.values)](
         x,
         y,
-        gate,
         row_weight,
         extra,
         x if maps is None else maps,
         x if bounds is None else bounds,
         states,
         sums,
-        decays,
         *x.stride()[:3],
         *y.stride()[:3],
-        *((0, 0) if log_gate is None else log_gate.stride()[:2]),
         heads,
         heads // x.shape[1],
         heads // y.shape[1],
@@ -143,10 +144,8 @@ def past_of_splits(
         skip,
         limit,
         HAS_BOUNDS=bounds is not None,
-        HAS_GATE=log_gate is not None,
         HAS_MAP=maps is not None,
         HAS_WEIGHT=weights is not None,
-        REVERSE=reverse,
         DIM=dim,
         HALF=features // 2,
         V=width,
@@ -158,24 +157,28 @@ def past_of_splits(
     )
     last_state = torch.empty(sequences, heads, features, width, **fp32)
     last_sum = torch.empty(sequences, heads, features, **fp32)
-    for part, last, start in ((states, last_state, 0), (sums, last_sum, 1)):
-        size = last[0, 0].numel()
-        block = min(triton.next_power_of_2(size), 1024)
-        scan_states[(sequences, heads, triton.cdiv(size, block))](
-            part,
-            decays,
-            last if first is None else first[start],
-            last,
-            heads,
-            size,
-            splits,
-            HAS_DECAY=log_gate is not None,
-            HAS_FIRST=first is not None,
-            REVERSE=reverse,
-            BLOCK=block,
-            num_warps=4,
-        )
+    for part, last, number in ((states, last_state, 0), (sums, last_sum, 1)):
+        scan(part, None, None if first is None else first[number], last, reverse)
     return Past(states, sums, last_state, last_sum)
+
+
+def scan(parts: Tensor, decays: Tensor | None, first: Tensor | None, last: Tensor, reverse: bool) -> None:
+    """Turn what splits add, (N, splits, H, ...), into what they start from, in place; the sum of all goes to `last`.
+
+    Args:
+        parts: fp32.
+        decays: (N, splits, H), log2 of what is left of the past after a split.
+        first: (N, H, ...), before the first split.
+        last: (N, H, ...).
+        reverse: splits follow each other backwards.
+    """
+    sequences, splits, heads = parts.shape[:3]
+    size = last[0, 0].numel()
+    block = min(triton.next_power_of_2(size), 1024)
+    scan_states[(sequences, heads, triton.cdiv(size, block))](
+        parts, parts if decays is None else decays, last if first is None else first, last, heads, size, splits,
+        HAS_DECAY=decays is not None, HAS_FIRST=first is not None, REVERSE=reverse, BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""Triton kernels of Hedgehog's feature map: φ(x) = [softmax(Wᵀx) ⊕ softmax(−Wᵀx)] and its gradient."""
+
+from __future__ import annotations
+
+from kit.kernels.linear_attention.blocks import dot, load_block, load_map, softmax_pair, softmax_pair_gradient
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("Triton is not installed") from error
+
+
+@triton.jit
+def map_forward(
+    x,
+    maps,
+    out,
+    x_batch,
+    x_head,
+    x_time,
+    map_group,
+    num_rows,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(B, H, T, DIM) -> (B, H, T, 2·HALF), contiguous."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    time = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    ok = time < num_rows
+    weights = load_map(maps, head // map_group, True, DIM, HALF)
+    rows = load_block(x + batch * x_batch + head.to(tl.int64) * x_head, time, x_time, ok, DIM)
+    first, second = softmax_pair(dot(rows, weights, PRECISION))
+    at = ((batch * tl.num_programs(1) + head) * num_rows + time[:, None]) * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    tl.store(out + at, first.to(out.dtype.element_ty), mask=ok[:, None])
+    tl.store(out + at + HALF, second.to(out.dtype.element_ty), mask=ok[:, None])
+
+
+@triton.jit
+def map_backward(
+    x,
+    maps,
+    d_phi,
+    d_x,
+    d_maps,
+    x_batch,
+    x_head,
+    x_time,
+    map_group,
+    num_rows,
+    blocks,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """d_phi (B, H, T, 2·HALF) -> d_x (B, H, T, DIM), and d_maps (B, programs, H, DIM, HALF) fp32 of `blocks` blocks each."""
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    weights = load_map(maps, head // map_group, True, DIM, HALF)
+    x += batch * x_batch + head.to(tl.int64) * x_head
+    rows_before = (batch * tl.num_programs(1) + head) * num_rows
+    total = tl.zeros([DIM, HALF], tl.float32)
+    wide = tl.arange(0, DIM)
+    for step in range(blocks):
+        time = (tl.program_id(0).to(tl.int64) * blocks + step) * BT + tl.arange(0, BT)
+        ok = time < num_rows
+        rows = load_block(x, time, x_time, ok, DIM)
+        up, down = softmax_pair(dot(rows, weights, PRECISION))
+        d_rows = d_phi + rows_before * (2 * HALF)
+        d_up = load_block(d_rows, time, 2 * HALF, ok, HALF).to(tl.float32)
+        d_down = load_block(d_rows + HALF, time, 2 * HALF, ok, HALF).to(tl.float32)
+        d_z = softmax_pair_gradient(up, down, d_up, d_down).to(rows.dtype)
+        total += dot(tl.trans(rows), d_z, PRECISION)
+        at = (rows_before + time[:, None]) * DIM + wide[None, :]
+        tl.store(d_x + at, dot(d_z, tl.trans(weights), PRECISION).to(d_x.dtype.element_ty), mask=ok[:, None])
+    index = (batch * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + head
+    tl.store(d_maps + index * (DIM * HALF) + wide[:, None] * HALF + tl.arange(0, HALF)[None, :], total)

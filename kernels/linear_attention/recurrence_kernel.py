@@ -1,0 +1,364 @@
+"""The Triton kernel of gated linear attention. One recurrence serves the forward pass and every gradient.
+
+    out_i = ρ_i Σ_j D_ij (x_i·y_j) z_j,       D_ij the decay between i and j, over j ≤ i, or backwards over j ≥ i
+
+is y for (x, y, z) = (q, k, v); dq for (do, v, k); and, backwards, dk for (v, do, q) and dv for (k, q, do). So the gradients
+are as exact and as fast as the forward pass, and nothing quadratic or F·V wide a token is ever stored.
+
+A program walks over the blocks of one split of a sequence with its columns of the state, Σ D z_j y_jᵀ, in registers. All
+products are transposed, so that the state is an operand without going through shared memory.
+"""
+
+from __future__ import annotations
+
+from kit.kernels.linear_attention.blocks import dot, in_two, load_block, split_of
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("Triton is not installed") from error
+
+
+@triton.jit
+def cumulate_gates(
+    log_gate, bounds, out, gate_batch, gate_head, num_keys, num_splits, HAS_BOUNDS: tl.constexpr, BT: tl.constexpr
+):
+    """Sum log gates (B, H, T) within each block, in base 2: (B, H, T) fp32. A split is one block."""
+    head = tl.program_id(1)
+    row, start, end, block = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
+    time = start + block * BT + tl.arange(0, BT)
+    ok = time < end
+    gate = tl.load(log_gate + row * gate_batch + head.to(tl.int64) * gate_head + time, mask=ok, other=0.0)
+    at = (row * tl.num_programs(1) + head) * num_keys + time
+    tl.store(out + at, tl.cumsum(gate * 1.4426950408889634, 0), mask=ok)
+
+
+@triton.jit
+def gate_gradient(
+    rows_q,
+    rows_k,
+    pairs,
+    across,
+    bounds,
+    out,
+    num_rows,
+    num_keys,
+    num_splits,
+    K_TERMS: tl.constexpr,
+    V_TERMS: tl.constexpr,
+    ACROSS_TERMS: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Put the parts of dlog_gate_t = Σ_{i≥t, j<t} A_ij dA_ij together, a block at a time.
+
+    `rows_q` (terms, B, H, T): queries of the block with earlier keys, which count from t on. `rows_k`: keys of the block
+    with later queries, which count up to t. `pairs`: row sums less column sums of A dA within the block, of which a suffix
+    is all pairs around t. `across` (terms, B, H, blocks): earlier keys with later queries. No sum is longer than a block,
+    so rounding does not build up with T.
+    """
+    head = tl.program_id(1)
+    row, start, end, block = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
+    sequence = tl.program_id(0) // num_splits
+    time = start + block * BT + tl.arange(0, BT)
+    ok = time < end
+    at = (row * tl.num_programs(1) + head) * num_keys + time
+    from_here = tl.zeros([BT], tl.float32)
+    to_here = tl.zeros([BT], tl.float32)
+    over = 0.0
+    index = (sequence.to(tl.int64) * tl.num_programs(1) + head) * num_splits + block
+    stride = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)  # sequences x blocks x heads
+    for term in tl.static_range(K_TERMS):
+        from_here += tl.load(rows_q + at + term * num_rows, mask=ok, other=0.0)
+        to_here += tl.load(rows_k + at + term * num_rows, mask=ok, other=0.0)
+    for term in tl.static_range(V_TERMS):
+        from_here += tl.load(pairs + at + term * num_rows, mask=ok, other=0.0)
+    for term in tl.static_range(ACROSS_TERMS):
+        over += tl.load(across + term * stride + index)
+    suffix = tl.sum(from_here, 0) - tl.cumsum(from_here, 0) + from_here
+    prefix = tl.cumsum(to_here, 0) - to_here
+    tl.store(out + at, over + suffix + prefix, mask=ok)
+
+
+@triton.jit
+def recurrence(
+    x,
+    y,
+    z,
+    through,
+    row_weight,
+    extra,
+    companion,
+    bounds,
+    states,
+    sums,
+    out,
+    mass,
+    row_products,
+    block_states,
+    block_sums,
+    pairs,
+    across,
+    decays,
+    last_state,
+    last_sum,
+    x_batch,
+    x_head,
+    x_time,
+    y_batch,
+    y_head,
+    y_time,
+    z_batch,
+    z_head,
+    z_time,
+    c_batch,
+    c_head,
+    c_time,
+    out_batch,
+    out_head,
+    out_time,
+    heads,
+    x_group,
+    y_group,
+    z_group,
+    c_group,
+    scale,
+    num_rows,
+    num_keys,
+    num_splits,
+    split_blocks,
+    num_blocks,
+    REVERSE: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    STATE_ONLY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    EXTRA: tl.constexpr,
+    GATE_TERMS: tl.constexpr,
+    STORE_LAST: tl.constexpr,
+    HALF: tl.constexpr,
+    V: tl.constexpr,
+    BV: tl.constexpr,
+    BT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One split of one head, BV columns of z. Shapes in gated_ops.py; K = 2·HALF features of x and y, V columns of z.
+
+    Options:
+        STATE_ONLY: no outputs, only what the split adds to the state (`states`, `sums`).
+        NORMALIZE: divide by `mass`, the same sum with z = 1, and store it.
+        WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
+        EXTRA: `extra` e (B, H, T) adds to the products: e_i z_j for queries ("x"), e_j z_j for keys ("y").
+        GATE_TERMS: parts of the gate's gradient: "q", "k": `row_products`, companion_i · (out_i less what the block's own
+            keys give); "q" also keeps the state that each block starts from; "v": `pairs` and `across`.
+    """
+    value_block = tl.program_id(0)
+    head = tl.program_id(1)
+    number = tl.program_id(2)
+    sequence = number // num_splits
+    split = number % num_splits
+    row = sequence.to(tl.int64)
+    start = row * 0
+    end = start + num_keys
+    if HAS_BOUNDS:
+        row = tl.load(bounds + sequence * 3).to(tl.int64)
+        start = tl.load(bounds + sequence * 3 + 1).to(tl.int64)
+        end = tl.load(bounds + sequence * 3 + 2).to(tl.int64)
+    rows = (row * heads + head) * num_keys
+    y += row * y_batch + (head // y_group).to(tl.int64) * y_head
+    z += row * z_batch + (head // z_group).to(tl.int64) * z_head + value_block * BV
+    x += row * x_batch + (head // x_group).to(tl.int64) * x_head
+    out += row * out_batch + head.to(tl.int64) * out_head + value_block * BV
+    companion += row * c_batch + (head // c_group).to(tl.int64) * c_head + value_block * BV
+    terms = value_block.to(tl.int64) * num_rows + rows
+    first = split * split_blocks
+    last = tl.minimum(first + split_blocks, tl.cdiv(end - start, BT).to(tl.int32))
+    count = tl.maximum(last - first, 0)
+    columns = tl.arange(0, BV)
+    at_state = ((number.to(tl.int64) * heads + head) * V + value_block * BV) * (2 * HALF)
+    cells = columns[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    at_sum = (number.to(tl.int64) * heads + head) * V + value_block * BV + columns
+    at_key_sum = (number.to(tl.int64) * heads + head) * (2 * HALF) + tl.arange(0, HALF)
+    if HAS_STATE:
+        state0 = tl.load(states + at_state + cells)
+        state1 = tl.load(states + at_state + cells + HALF)
+    else:
+        state0 = tl.zeros([BV, HALF], tl.float32)
+        state1 = tl.zeros([BV, HALF], tl.float32)
+    # what divides: the same state for z = 1. What extras need: the same state for x = y = 1.
+    # Both are (·, 16) matrices whose columns add up: products with them run on the tensor cores.
+    lane = tl.arange(0, 16)[None, :]
+    if NORMALIZE:
+        sum0 = tl.zeros([HALF, 16], tl.float32)
+        sum1 = tl.zeros([HALF, 16], tl.float32)
+        if HAS_STATE:
+            sum0 += tl.where(lane == 0, tl.load(sums + at_key_sum)[:, None], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(sums + at_key_sum + HALF)[:, None], 0.0)
+    if EXTRA != "":
+        value_sum = tl.zeros([BV, 16], tl.float32)
+        if HAS_STATE:
+            value_sum += tl.where(lane == 0, tl.load(sums + at_sum)[:, None], 0.0)
+    index = tl.arange(0, BT)
+    over_split = 0.0
+    for step in range(count):
+        block = last - 1 - step if REVERSE else first + step
+        begin = start + block * BT
+        time = begin + index
+        ok = time < end
+        if MASKED:
+            y0 = load_block(y, time, y_time, ok, HALF)
+            y1 = load_block(y + HALF, time, y_time, ok, HALF)
+            values = load_block(z, time, z_time, ok, BV)
+        else:
+            y0 = tl.load(y + time[:, None] * y_time + tl.arange(0, HALF)[None, :])
+            y1 = tl.load(y + HALF + time[:, None] * y_time + tl.arange(0, HALF)[None, :])
+            values = tl.load(z + time[:, None] * z_time + columns[None, :])
+        if HAS_GATE:
+            decay = tl.load(through + rows + time, mask=ok, other=0.0)
+            whole = tl.load(through + rows + tl.minimum(begin + BT, end) - 1)
+            if MASKED:
+                decay = tl.where(ok, decay, whole)
+            of_keys = tl.exp2(decay) if REVERSE else tl.exp2(whole - decay)
+            of_queries = tl.exp2(whole - decay) if REVERSE else tl.exp2(decay)
+        if WEIGHTED != "":
+            weight = tl.load(row_weight + rows + time, mask=ok, other=0.0)
+        if EXTRA != "":
+            added = tl.load(extra + rows + time, mask=ok, other=0.0)
+        if not STATE_ONLY:
+            if MASKED:
+                x0 = load_block(x, time, x_time, ok, HALF)
+                x1 = load_block(x + HALF, time, x_time, ok, HALF)
+            else:
+                x0 = tl.load(x + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
+                x1 = tl.load(x + HALF + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
+            if REVERSE:
+                seen = index[:, None] >= index[None, :]
+            else:
+                seen = index[:, None] <= index[None, :]
+            if MASKED:
+                seen = seen & ok[:, None]
+            # keys x queries
+            products = tl.dot(y1, tl.trans(x1), dot(y0, tl.trans(x0), PRECISION), input_precision=PRECISION)
+            a = products
+            if WEIGHTED == "x":
+                a *= weight[None, :]
+            if WEIGHTED == "y":
+                a *= weight[:, None]
+            if EXTRA == "x":
+                a += added[None, :]
+            if EXTRA == "y":
+                a += added[:, None]
+            if HAS_GATE:
+                if REVERSE:
+                    between = decay[:, None] - decay[None, :]
+                else:
+                    between = decay[None, :] - decay[:, None]
+                between = tl.exp2(tl.where(seen, between, -float("inf")))
+                a *= between
+            else:
+                a = tl.where(seen, a, 0.0)
+            result = dot(state0.to(x0.dtype), tl.trans(x0), PRECISION)
+            result = tl.dot(state1.to(x0.dtype), tl.trans(x1), result, input_precision=PRECISION)
+            if WEIGHTED == "x":
+                result *= weight[None, :]
+            if EXTRA == "x":
+                result += tl.sum(value_sum, 1)[:, None] * added[None, :]
+            if EXTRA == "y":
+                result += tl.sum(value_sum, 1)[:, None]
+            if HAS_GATE:
+                result *= of_queries[None, :]
+            if GATE_TERMS == "q" or GATE_TERMS == "k":
+                with_past = tl.trans(load_block(companion, time, c_time, ok, BV)).to(tl.float32)
+                tl.store(row_products + terms + time, tl.sum(result * with_past, 0), mask=ok)
+            result = tl.dot(tl.trans(values), a.to(values.dtype), result, input_precision=PRECISION)
+            if NORMALIZE:
+                high, low = in_two(sum0, x0.dtype)
+                total = tl.dot(x0, low, dot(x0, high, PRECISION), input_precision=PRECISION)
+                high, low = in_two(sum1, x0.dtype)
+                total = tl.dot(x1, low, tl.dot(x1, high, total, input_precision=PRECISION), input_precision=PRECISION)
+                total = tl.sum(total, 1)
+                if HAS_GATE:
+                    total *= of_queries
+                total += tl.sum(a, 0)
+            if NORMALIZE:
+                result = result / tl.where(total == 0, 1.0, total)[None, :]
+                if value_block == 0:
+                    tl.store(mass + rows + time, total, mask=ok)
+            else:
+                result *= scale
+            block_out = out + time[:, None] * out_time + columns[None, :]
+            if MASKED:
+                tl.store(block_out, tl.trans(result).to(out.dtype.element_ty), mask=ok[:, None])
+            else:
+                tl.store(block_out, tl.trans(result).to(out.dtype.element_ty))
+            kept = (sequence.to(tl.int64) * num_blocks + block) * heads + head
+            if GATE_TERMS == "q":  # here z is k: columns are features
+                at = kept * (2 * HALF * V) + value_block * BV
+                cells_kept = tl.arange(0, HALF)[None, :] * V + columns[:, None]
+                kind = block_states.dtype.element_ty
+                tl.store(block_states + at + cells_kept, state0.to(kind))
+                tl.store(block_states + at + cells_kept + HALF * V, state1.to(kind))
+                if EXTRA != "":
+                    tl.store(block_sums + kept * V + value_block * BV + columns, tl.sum(value_sum, 1))
+            at_across = (sequence.to(tl.int64) * heads + head) * num_blocks + block
+            stride = (tl.num_programs(2) // num_splits).to(tl.int64) * heads * num_blocks
+            if GATE_TERMS == "k":
+                if EXTRA == "y":
+                    over = tl.sum(tl.load(block_sums + kept * V + value_block * BV + columns) * tl.sum(value_sum, 1))
+                    tl.store(across + value_block * stride + at_across, over * tl.exp2(whole))
+            if GATE_TERMS == "v":  # here x is k, y is q and z is do; the companion is v
+                c = load_block(companion, time, c_time, ok, BV)
+                d_a = dot(values, tl.trans(c), PRECISION) * weight[:, None]
+                d_a += tl.where(value_block == 0, tl.load(extra + rows + time, mask=ok, other=0.0), 0.0)[:, None]
+                both = products * between * d_a
+                tl.store(pairs + terms + time, tl.sum(both, 1) - tl.sum(both, 0), mask=ok)
+                at = kept * (2 * HALF * V) + (value_block * BV) * (2 * HALF)
+                over = tl.sum(tl.load(block_states + at + cells).to(tl.float32) * state0)
+                over += tl.sum(tl.load(block_states + at + cells + HALF).to(tl.float32) * state1)
+                tl.store(across + value_block * stride + at_across, over * tl.exp2(whole))
+        if NORMALIZE or EXTRA != "":
+            counted = added if EXTRA == "y" else tl.where(ok, 1.0, 0.0)
+            if HAS_GATE:
+                counted *= of_keys
+            high, low = in_two(counted, y0.dtype)
+            counts = tl.where(lane == 0, high[:, None], tl.where(lane == 1, low[:, None], tl.zeros_like(low)[:, None]))
+            if EXTRA != "":
+                if HAS_GATE:
+                    value_sum *= tl.exp2(whole)
+                value_sum = tl.dot(tl.trans(values), counts, value_sum, input_precision=PRECISION)
+            if NORMALIZE:
+                if HAS_GATE:
+                    sum0 *= tl.exp2(whole)
+                    sum1 *= tl.exp2(whole)
+                sum0 = tl.dot(tl.trans(y0), counts, sum0, input_precision=PRECISION)
+                sum1 = tl.dot(tl.trans(y1), counts, sum1, input_precision=PRECISION)
+        if HAS_GATE:
+            state0 *= tl.exp2(whole)
+            state1 *= tl.exp2(whole)
+            if WEIGHTED == "y":
+                of_keys *= weight
+            values = (values.to(tl.float32) * of_keys[:, None]).to(y0.dtype)
+        elif WEIGHTED == "y":
+            values = (values.to(tl.float32) * weight[:, None]).to(y0.dtype)
+        state0 = tl.dot(tl.trans(values), y0, state0, input_precision=PRECISION)
+        state1 = tl.dot(tl.trans(values), y1, state1, input_precision=PRECISION)
+        if STATE_ONLY:
+            if HAS_GATE:
+                over_split += whole
+    if STATE_ONLY:
+        if HAS_GATE:
+            if value_block == 0:
+                tl.store(decays + number.to(tl.int64) * heads + head, over_split)
+    if STATE_ONLY or STORE_LAST:
+        tl.store(last_state + at_state + cells, state0)
+        tl.store(last_state + at_state + cells + HALF, state1)
+        if NORMALIZE:
+            if value_block == 0:
+                tl.store(last_sum + at_key_sum, tl.sum(sum0, 1))
+                tl.store(last_sum + at_key_sum + HALF, tl.sum(sum1, 1))
+        if EXTRA != "":
+            tl.store(last_sum + at_sum, tl.sum(value_sum, 1))
