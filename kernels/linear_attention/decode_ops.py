@@ -1,0 +1,208 @@
+"""Decoding steps on Triton, registered with torch.library. They update their state in place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kit.kernels.linear_attention import blocks, decode_kernel
+from kit.kernels.linear_attention.launch import check_dims, namespace, triton
+
+NAMESPACE = namespace(__file__, blocks.__file__, decode_kernel.__file__)
+
+
+@dataclass
+class HybridState:
+    """What one layer keeps between steps of hybrid attention; every tensor is updated in place.
+
+    Attributes:
+        ring_k: (B, G, window_size + 1, D); the key of position p is in slot p mod (window_size + 1).
+        ring_v: (B, G, window_size + 1, V).
+        states: (B, L, F, V) fp32, keys that have left the window.
+        sums: (2, B, L, F) fp32, their denominators; the copy `position mod 2` is the current one.
+        sink_k, sink_v: (B, G, sinks, D) and (B, G, sinks, V), the first keys.
+    """
+
+    ring_k: Tensor
+    ring_v: Tensor
+    states: Tensor
+    sums: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+
+    @classmethod
+    def empty(cls, k: Tensor, v: Tensor, *, map_heads: int, features: int, window_size: int, num_sinks: int = 0):
+        """The state before the first token, for keys like k (B, G, ..., D) and values like v (B, G, ..., V)."""
+        batch, heads, fp32 = k.shape[0], k.shape[1], {"dtype": torch.float32, "device": k.device}
+        return cls(
+            k.new_zeros(batch, heads, window_size + 1, k.shape[-1]),
+            v.new_zeros(batch, heads, window_size + 1, v.shape[-1]),
+            torch.zeros(batch, map_heads, features, v.shape[-1], **fp32),
+            torch.zeros(2, batch, map_heads, features, **fp32),
+            k.new_zeros(batch, heads, num_sinks, k.shape[-1]),
+            v.new_zeros(batch, heads, num_sinks, v.shape[-1]),
+        )
+
+
+def _value_columns(width: int, programs: int) -> int:
+    """Columns a program: few enough that small batches fill the device."""
+    columns = 32
+    while columns > 16 and programs * (width // columns) < 96:
+        columns //= 2
+    while columns < min(width, 64) and programs * (width // columns) > 1024:
+        columns *= 2
+    return columns
+
+
+@torch.library.custom_op(
+    f"{NAMESPACE}::hybrid_step", mutates_args=("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v")
+)
+def _hybrid_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    map_q: Tensor,
+    map_k: Tensor,
+    log_factor: Tensor,
+    meta: Tensor | None,
+    position: Tensor,
+    ring_k: Tensor,
+    ring_v: Tensor,
+    states: Tensor,
+    sums: Tensor,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    scale: float,
+    linear_weight: float,
+    window_weight: float,
+) -> Tensor:
+    batch, heads, dim = q.shape
+    map_heads, width, window = map_k.shape[0], v.shape[-1], ring_k.shape[2] - 1
+    out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
+    columns = _value_columns(width, batch * map_heads)
+    decode_kernel.hybrid_step[(width // columns, map_heads, batch)](
+        q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
+        sink_v if sink_v.numel() else q, position, ring_k, ring_v, states, sums, out, *q.stride()[:2], *k.stride()[:2],
+        *v.stride()[:2], k.shape[1], map_heads, scale, math.log(linear_weight) if linear_weight > 0 else 0.0,
+        HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None, SINKS=sink_k.shape[2],
+        WINDOW=window, SLOTS=triton.next_power_of_2(window + 1), QUERIES=heads // map_heads, DIM=dim,
+        HALF=map_q.shape[-1], V=width, BV=columns, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@_hybrid_step.register_fake
+def _(q, k, v, map_q, map_k, log_factor, meta, position, ring_k, ring_v, states, sums, sink_k, sink_v, scale, linear_weight, window_weight):  # fmt: skip
+    return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+
+
+def hybrid_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map_q: Tensor,
+    feature_map_k: Tensor,
+    window_factor: Tensor,
+    state: HybridState,
+    position: Tensor,
+    *,
+    scale: float,
+    linear_weight: float = 1.0,
+    window_weight: float = 1.0,
+    meta_logit: Tensor | None = None,
+) -> Tensor:
+    """One token of hybrid attention for each sequence, in one launch (`reference.hybrid_attention` has the equation).
+
+    Args:
+        q: (B, H, D), after RoPE.
+        k, v: (B, G, D) and (B, G, V).
+        feature_map_q, feature_map_k: (H, D, F/2) and (L, D, F/2), in the dtype that prefill used.
+        window_factor: (H,), g.
+        state: what came before; updated.
+        position: (B,) int32 on the device, tokens that each sequence had before this one. The caller adds 1 after the
+            last layer.
+        scale, linear_weight, window_weight, meta_logit: as for `hybrid_attention`.
+
+    Returns:
+        (B, H, V).
+
+    Raises:
+        ValueError: on unsupported dims, naming them.
+    """
+    check_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]})
+    log_factor = window_factor.float().log() + (math.log(window_weight) if window_weight > 0 else 0.0)
+    meta = None if meta_logit is None else meta_logit.float()
+    return _hybrid_step(
+        q, k, v, feature_map_q.contiguous(), feature_map_k.contiguous(), log_factor, meta, position, state.ring_k,
+        state.ring_v, state.states, state.sums, state.sink_k, state.sink_v, scale, linear_weight, window_weight,
+    )  # fmt: skip
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gated_step", mutates_args=("states", "sums"))
+def _gated_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor | None,
+    map_q: Tensor | None,
+    map_k: Tensor | None,
+    position: Tensor,
+    states: Tensor,
+    sums: Tensor,
+    scale: float,
+    normalize: bool,
+) -> Tensor:
+    batch, heads, dim = q.shape
+    width, features = v.shape[-1], states.shape[2]
+    out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
+    columns = _value_columns(width, batch * heads)
+    decode_kernel.gated_step[(width // columns, heads, batch)](
+        q, k, v, sums if log_gate is None else log_gate, q if map_q is None else map_q, k if map_k is None else map_k,
+        position, states, sums, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *((0, 0) if log_gate is None else log_gate.stride()), heads, heads // k.shape[1],
+        1 if map_k is None else heads // map_k.shape[0], scale, HAS_GATE=log_gate is not None, HAS_MAP=map_q is not None,
+        NORMALIZE=normalize, DIM=dim, HALF=features // 2, V=width, BV=columns, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@_gated_step.register_fake
+def _(q, k, v, log_gate, map_q, map_k, position, states, sums, scale, normalize):
+    return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
+
+
+def gated_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor | None,
+    states: Tensor,
+    sums: Tensor,
+    position: Tensor,
+    feature_map_q: Tensor | None = None,
+    feature_map_k: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    normalize: bool = True,
+) -> Tensor:
+    """One token of gated linear attention for each sequence, in one launch (`gated_reference` has the equation).
+
+    Args:
+        q: (B, H, D), or features (B, H, F) without maps.
+        k, v: (B, G, D) and (B, G, V).
+        log_gate: (B, H) fp32, or None.
+        states: (B, H, F, V) fp32, updated.
+        sums: (2, B, H, F) fp32, updated; the copy `position mod 2` is the current one.
+        position: (B,) int32 on the device, as for `hybrid_step`.
+        feature_map_q, feature_map_k: (H, D, F/2) and (L, D, F/2).
+        scale, normalize: as for `gated_linear_attention`.
+
+    Returns:
+        (B, H, V).
+    """
+    check_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]})
+    gate = None if log_gate is None else log_gate.float()
+    return _gated_step(q, k, v, gate, feature_map_q, feature_map_k, position, states, sums, scale, normalize)
