@@ -7,7 +7,7 @@ other. Positions are read from device memory, so a CUDA graph of a step can be r
 
 from __future__ import annotations
 
-from kit.kernels.linear_attention.blocks import load_map
+from kit.kernels.linear_attention.blocks import dot, load_map, softmax_pair
 
 try:
     import triton
@@ -63,6 +63,8 @@ def hybrid_step(
     HALF: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STATE_PRECISION: tl.constexpr,
 ):
     """One token of each sequence; a program has BV value columns of one state and of the QUERIES heads that read it.
 
@@ -79,103 +81,118 @@ def hybrid_step(
     """
     value_block = tl.program_id(0)
     map_head = tl.program_id(1)
-    batch = tl.program_id(2)
+    batch = tl.program_id(2).to(tl.int64)
     key_head = map_head // (map_heads // key_heads)
     seen = tl.load(position + batch)
     wide = tl.arange(0, DIM)
     half = tl.arange(0, HALF)
     columns = value_block * BV + tl.arange(0, BV)
-    new_k = tl.load(k + batch.to(tl.int64) * k_batch + key_head * k_head + wide).to(tl.float32)
-    new_v = tl.load(v + batch.to(tl.int64) * v_batch + key_head * v_head + columns).to(tl.float32)
-    ring = (batch.to(tl.int64) * key_heads + key_head) * (WINDOW + 1)
+    query = tl.arange(0, 16)  # rows of a tile of the tensor cores; QUERIES of them are real
+    real = query < QUERIES
+    heads = map_head * QUERIES + query
+    k += batch * k_batch + key_head * k_head
+    v += batch * v_batch + key_head * v_head
+    q += batch * q_batch
+    ring = (batch * key_heads + key_head) * (WINDOW + 1)
     ring_k += ring * DIM
     ring_v += ring * V
-    if SINKS > 0:
-        sinks = (batch.to(tl.int64) * key_heads + key_head) * SINKS
-        sink_k += sinks * DIM
-        sink_v += sinks * V
-    state_head = batch.to(tl.int64) * map_heads + map_head
+    state_head = batch * map_heads + map_head
+    # everything is read before anything is written, so that loads need not wait for stores
+    x = tl.load(q + heads[:, None] * q_head + wide[None, :], mask=real[:, None], other=0.0)
+    new_k = tl.load(k + wide)
+    new_v = tl.load(v + columns)
     if HAS_LINEAR:
         at = states + state_head * (2 * HALF * V) + half[:, None] * V + columns[None, :]
         state0 = tl.load(at)
         state1 = tl.load(at + HALF * V)
         stride = tl.num_programs(2).to(tl.int64) * map_heads * (2 * HALF)
-        at_sum = sums + (seen % 2) * stride + state_head * (2 * HALF) + half
-        sum0 = tl.load(at_sum)
-        sum1 = tl.load(at_sum + HALF)
-        if seen - WINDOW >= SINKS:  # a key leaves the window
-            slot = (seen - WINDOW) % (WINDOW + 1)
-            old_k = tl.load(ring_k + slot * DIM + wide).to(tl.float32)
-            old_v = tl.load(ring_v + slot * V + columns).to(tl.float32)
-            k0, k1 = map_row(old_k, load_map(map_k, map_head, True, DIM, HALF))
-            state0 += k0[:, None] * old_v[None, :]
-            state1 += k1[:, None] * old_v[None, :]
-            sum0 += k0
-            sum1 += k1
-            tl.store(at, state0)
-            tl.store(at + HALF * V, state1)
-        if value_block == 0:
-            at_sum = sums + ((seen + 1) % 2) * stride + state_head * (2 * HALF) + half
-            tl.store(at_sum, sum0)
-            tl.store(at_sum + HALF, sum1)
-    slots = tl.arange(0, SLOTS)
-    back = (seen - slots) % (WINDOW + 1)  # how long ago a slot was written: 0 is this step's
-    back = tl.where(back < 0, back + WINDOW + 1, back)
-    there = (slots <= WINDOW) & (back > 0) & (back < WINDOW) & (back <= seen)
+        at_sum = sums + state_head * (2 * HALF) + half
+        sum0 = tl.load(at_sum + (seen % 2) * stride)
+        sum1 = tl.load(at_sum + (seen % 2) * stride + HALF)
+        leaves = seen - WINDOW >= SINKS
+        slot = (seen + 1) % (WINDOW + 1)  # of the key that leaves the window, if one does
+        old_k = tl.load(ring_k + slot * DIM + wide).to(tl.float32)
+        old_v = tl.load(ring_v + slot * V + columns).to(tl.float32)
+        map = load_map(map_k, map_head, True, DIM, HALF)
+        z = tl.zeros([16, HALF], tl.float32)
+        for number in tl.static_range(QUERIES):
+            row = tl.load(q + (map_head * QUERIES + number) * q_head + wide).to(tl.float32)
+            weights = load_map(map_q, map_head * QUERIES + number, True, DIM, HALF).to(tl.float32)
+            z += tl.where(query[:, None] == number, tl.sum(row[:, None] * weights, 0)[None, :], 0.0)
     if HAS_WINDOW:
-        keys = tl.load(ring_k + slots[:, None] * DIM + wide[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-        values = tl.load(ring_v + slots[:, None] * V + columns[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-    for query in tl.static_range(QUERIES):
-        head = map_head * QUERIES + query
-        x = tl.load(q + batch.to(tl.int64) * q_batch + head * q_head + wide).to(tl.float32)
-        top = -1e30
-        total = 0.0
-        y = tl.zeros([BV], tl.float32)
-        if HAS_WINDOW:
-            log_g = tl.load(log_factor + head)
-            s = tl.sum(keys * x[None, :], 1) * scale + log_g
-            s = tl.where(there, s, -float("inf"))
-            now = tl.sum(new_k * x, 0) * scale + log_g
-            top = tl.maximum(tl.max(s, 0), now)
-            if HAS_META:
-                memory = tl.load(meta + head) + log_g
-                top = tl.maximum(top, memory)
-            p = tl.exp(s - top)
-            total = tl.sum(p, 0) + tl.exp(now - top)
-            if HAS_META:
-                total += tl.exp(memory - top)
-            y = tl.sum(p[:, None] * values, 0) + tl.exp(now - top) * new_v
-            for sink in tl.static_range(SINKS):
-                if seen - sink >= WINDOW:
-                    first_k = tl.load(sink_k + sink * DIM + wide).to(tl.float32)
-                    first_v = tl.load(sink_v + sink * V + columns).to(tl.float32)
-                    s_sink = tl.sum(first_k * x, 0) * scale + log_g
-                    higher = tl.maximum(top, s_sink)
-                    y = y * tl.exp(top - higher) + tl.exp(s_sink - higher) * first_v
-                    total = total * tl.exp(top - higher) + tl.exp(s_sink - higher)
-                    top = higher
-        if HAS_LINEAR:
-            q0, q1 = map_row(x, load_map(map_q, head, True, DIM, HALF))
-            past = tl.sum(q0 * sum0 + q1 * sum1, 0)
-            higher = tl.maximum(top, tl.where(past > 0, log_linear, -1e30))
-            share = tl.where(past > 0, tl.exp(tl.minimum(log_linear - higher, 0.0)), 0.0)
-            y_past = tl.sum(q0[:, None] * state0 + q1[:, None] * state1, 0)
-            y = y * tl.exp(top - higher) + share * y_past
-            total = total * tl.exp(top - higher) + share * past
-        y = y / tl.where(total == 0, 1.0, total)
-        at_out = (batch.to(tl.int64) * map_heads * QUERIES + head) * V + columns
-        tl.store(out + at_out, y.to(out.dtype.element_ty))
-    first_of_group = map_head % (map_heads // key_heads) == 0
-    slot = seen % (WINDOW + 1)
-    if first_of_group:
-        tl.store(ring_v + slot * V + columns, new_v.to(ring_v.dtype.element_ty))
-        if value_block == 0:
-            tl.store(ring_k + slot * DIM + wide, new_k.to(ring_k.dtype.element_ty))
+        slots = tl.arange(0, SLOTS)
+        back = (seen % (WINDOW + 1)) - slots  # how long ago a slot was written: 0 is this step's
+        back = tl.where(back < 0, back + WINDOW + 1, back)
+        there = (slots <= WINDOW) & (back > 0) & (back < WINDOW) & (back <= seen)
+        keys = tl.load(ring_k + slots[:, None] * DIM + wide[None, :], mask=there[:, None], other=0.0)
+        values = tl.load(ring_v + slots[:, None] * V + columns[None, :], mask=there[:, None], other=0.0)
+        log_g = tl.load(log_factor + heads, mask=real, other=0.0)
+        s = dot(x, tl.trans(keys), PRECISION) * scale + log_g[:, None]
+        s = tl.where(there[None, :], s, -float("inf"))
+        now = tl.sum(x.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale + log_g
+        top = tl.maximum(tl.max(s, 1), now)
+        if HAS_META:
+            memory = tl.load(meta + heads, mask=real, other=0.0) + log_g
+            top = tl.maximum(top, memory)
         if SINKS > 0:
+            sinks = (batch * key_heads + key_head) * SINKS
+            sink_k += sinks * DIM
+            sink_v += sinks * V
+            sink = tl.arange(0, 16)
+            far = (sink < SINKS) & (seen - sink >= WINDOW)
+            first_k = tl.load(sink_k + sink[:, None] * DIM + wide[None, :], mask=far[:, None], other=0.0)
+            first_v = tl.load(sink_v + sink[:, None] * V + columns[None, :], mask=far[:, None], other=0.0)
+            s_sink = dot(x, tl.trans(first_k), PRECISION) * scale + log_g[:, None]
+            s_sink = tl.where(far[None, :], s_sink, -float("inf"))
+            top = tl.maximum(top, tl.max(s_sink, 1))
+        p = tl.exp(s - top[:, None])
+        p_now = tl.exp(now - top)
+        total = tl.sum(p, 1) + p_now
+        y = dot(p.to(values.dtype), values, PRECISION) + p_now[:, None] * new_v.to(tl.float32)[None, :]
+        if SINKS > 0:
+            p = tl.exp(s_sink - top[:, None])
+            total += tl.sum(p, 1)
+            y += dot(p.to(first_v.dtype), first_v, PRECISION)
+        if HAS_META:
+            total += tl.exp(memory - top)
+    else:
+        top = tl.full([16], -1e30, tl.float32)
+        total = tl.zeros([16], tl.float32)
+        y = tl.zeros([16, BV], tl.float32)
+    if HAS_LINEAR:
+        k0, k1 = map_row(old_k, map)
+        k0 = tl.where(leaves, k0, 0.0)
+        k1 = tl.where(leaves, k1, 0.0)
+        state0 += k0[:, None] * old_v[None, :]
+        state1 += k1[:, None] * old_v[None, :]
+        sum0 += k0
+        sum1 += k1
+        q0, q1 = softmax_pair(z)
+        past = tl.sum(q0 * sum0[None, :] + q1 * sum1[None, :], 1)
+        y_past = tl.dot(q0, state0, input_precision=STATE_PRECISION)
+        y_past = tl.dot(q1, state1, y_past, input_precision=STATE_PRECISION)
+        higher = tl.maximum(top, tl.where(past > 0, log_linear, -1e30))
+        share = tl.where(past > 0, tl.exp(tl.minimum(log_linear - higher, 0.0)), 0.0)
+        y = y * tl.exp(top - higher)[:, None] + share[:, None] * y_past
+        total = total * tl.exp(top - higher) + share * past
+        tl.store(at, state0)
+        tl.store(at + HALF * V, state1)
+        if value_block == 0:
+            tl.store(at_sum + ((seen + 1) % 2) * stride, sum0)
+            tl.store(at_sum + ((seen + 1) % 2) * stride + HALF, sum1)
+    y = y / tl.where(total == 0, 1.0, total)[:, None]
+    at_out = (batch * map_heads * QUERIES + heads)[:, None] * V + columns[None, :]
+    tl.store(out + at_out, y.to(out.dtype.element_ty), mask=real[:, None])
+    if map_head % (map_heads // key_heads) == 0:
+        slot = seen % (WINDOW + 1)
+        tl.store(ring_v + slot * V + columns, new_v)
+        if value_block == 0:
+            tl.store(ring_k + slot * DIM + wide, new_k)
+        if SINKS > 0 and HAS_WINDOW:
             if seen < SINKS:
-                tl.store(sink_v + seen * V + columns, new_v.to(sink_v.dtype.element_ty))
+                tl.store(sink_v + seen * V + columns, new_v)
                 if value_block == 0:
-                    tl.store(sink_k + seen * DIM + wide, new_k.to(sink_k.dtype.element_ty))
+                    tl.store(sink_k + seen * DIM + wide, new_k)
 
 
 @triton.jit

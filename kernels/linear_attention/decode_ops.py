@@ -89,7 +89,9 @@ def _hybrid_step(
         *v.stride()[:2], k.shape[1], map_heads, scale, math.log(linear_weight) if linear_weight > 0 else 0.0,
         HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None, SINKS=sink_k.shape[2],
         WINDOW=window, SLOTS=triton.next_power_of_2(window + 1), QUERIES=heads // map_heads, DIM=dim,
-        HALF=map_q.shape[-1], V=width, BV=columns, num_warps=4,
+        HALF=map_q.shape[-1], V=width, BV=columns,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
+        num_warps=4,
     )  # fmt: skip
     return out
 

@@ -48,6 +48,10 @@ class _Call:
     def num_blocks(self) -> int:
         return triton.cdiv(self.rows, self.rows_a_block)
 
+    @property
+    def num_kept(self) -> int:
+        return triton.cdiv(self.num_blocks, recurrence_kernel.KEEP_EVERY.value)
+
     def split(self, cut: Blocks, width: int) -> tuple[int, int]:
         """How many splits a sequence has, and blocks a split."""
         return num_splits(self.sequences * self.heads * (width // cut.values), self.rows, cut.rows)
@@ -64,6 +68,8 @@ class _Call:
         weight: tuple[str, Tensor] | None = None,
         extra: tuple[str, Tensor] | None = None,
         first: tuple[Tensor, Tensor] | None = None,
+        shared: bool = False,
+        want_last: bool = True,
         gate_terms: str = "",
         companion: Tensor | None = None,
         parts: dict[str, Tensor] | None = None,
@@ -76,16 +82,18 @@ class _Call:
             reverse, scale, normalize: as the kernel has them.
             weight, extra: ("x" or "y", (B, H, T)).
             first: the state to start from, (N, H, V, K), and its sums (N, H, K) or, with `extra`, (N, H, V).
+            shared: heads' outputs will be added up, so keep them in fp32.
+            want_last: whether the state after the last block is used.
             gate_terms: "q", "k" or "v"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
 
         Returns:
             (B, H, T, V), the mass (B, H, T) if normalized, and the state and its sums after the last block.
         """
         keys, width = x.shape[-1], z.shape[-1]
-        cut = Blocks.of(z.dtype, keys, width)
+        cut = Blocks.recurrence(z.dtype, keys, width)
         splits, split_blocks = self.split(cut, width)
         fp32: Any = {"dtype": torch.float32, "device": x.device}
-        out = empty_like_heads(torch.empty(0, dtype=z.dtype, device=x.device).expand(self.batch, self.heads, self.rows, 0), width, fill=self.bounds is not None)  # fmt: skip
+        out = empty_like_heads(torch.empty(0, dtype=torch.float32 if shared else z.dtype, device=x.device).expand(self.batch, self.heads, self.rows, 0), width, fill=self.bounds is not None)  # fmt: skip
         mass = torch.empty(self.batch, self.heads, self.rows, **fp32) if normalize else None
         unused = torch.empty(1, **fp32)
         parts = parts or {}
@@ -102,12 +110,12 @@ class _Call:
                 *(parts.get(name, unused) for name in ("row_products", "block_states", "block_sums", "pairs", "across")),
                 decays, *to, *(s for t in (x, y, z, z if companion is None else companion, out) for s in t.stride()[:3]),
                 self.heads, *(self.heads // t.shape[1] for t in (x, y, z, z if companion is None else companion)),
-                scale, self.batch * self.heads * self.rows, self.rows, splits, split_blocks, self.num_blocks,
+                scale, self.batch * self.heads * self.rows, self.rows, splits, split_blocks, self.num_kept,
                 REVERSE=reverse, MASKED=self.bounds is not None or self.rows % cut.rows != 0,
                 HAS_BOUNDS=self.bounds is not None, HAS_GATE=self.through is not None, HAS_STATE=start,
                 STATE_ONLY=state_only, NORMALIZE=normalize, WEIGHTED="" if weight is None else weight[0],
                 EXTRA="" if extra is None else extra[0], GATE_TERMS="" if state_only else gate_terms,
-                STORE_LAST=not state_only and splits == 1, HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows,
+                STORE_LAST=not state_only and splits == 1 and want_last, SKIP_END=state_only and not want_last, HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows,
                 PRECISION=cut.precision, num_warps=cut.warps, num_stages=cut.stages,
             )  # fmt: skip
 
@@ -127,7 +135,7 @@ class _Call:
 
 def _prepare(q: Tensor, v: Tensor, features: int, log_gate: Tensor | None, bounds: Tensor | None) -> _Call:
     batch, heads, rows = q.shape[:3]
-    cut = Blocks.of(v.dtype, features, v.shape[-1])
+    cut = Blocks.recurrence(v.dtype, features, v.shape[-1])
     call = _Call(cut.rows, None, bounds, heads, rows, batch)
     if log_gate is not None:
         call.through = torch.zeros(batch, heads, rows, dtype=torch.float32, device=q.device)
@@ -180,18 +188,20 @@ def _forward(
     bounds: Tensor | None,
     scale: float,
     normalize: bool,
+    want_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output, the denominators (B, H, T), and the state (N, H, V, F) and its sum (N, H, F) at the end."""
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     if map_q is not None and map_k is not None:
         q, k = _map(q, map_q, len(map_q)), _map(k, map_k, len(map_k))
     call = _prepare(q, v, q.shape[-1], log_gate, bounds)
     first = None if state is None or state_sum is None else (state, state_sum)
-    out, mass, last, last_sum = call.run(q, k, v, scale=scale, normalize=normalize, first=first)
+    out, mass, last, last_sum = call.run(q, k, v, scale=scale, normalize=normalize, first=first, want_last=want_last)
     return out, torch.empty(0, device=q.device) if mass is None else mass, last, last_sum
 
 
 @_forward.register_fake
-def _(q, k, v, log_gate, map_q, map_k, state, state_sum, bounds, scale, normalize):
+def _(q, k, v, log_gate, map_q, map_k, state, state_sum, bounds, scale, normalize, want_last):
     batch, heads, rows = q.shape[:3]
     features, width = q.shape[-1] if map_q is None else 2 * map_q.shape[-1], v.shape[-1]
     sequences, fp32 = batch if bounds is None else bounds.shape[0], {"dtype": torch.float32, "device": q.device}
@@ -228,6 +238,7 @@ def _backward(
     With y_i = Σ_j w_ij v_j / m_i: the weights' gradient is dA_ij = r_i do_i·v_j + e_i, r = 1/m and e = -do·y/m (r = `scale`
     and e = 0 if not normalized), and each gradient is a recurrence of its own.
     """
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     x, y = q, k
     if map_q is not None and map_k is not None:
         q, k = _map(q, map_q, len(map_q)), _map(k, map_k, len(map_k))
@@ -247,43 +258,44 @@ def _backward(
     if gate_needs_grad:
         assert call.through is not None
         terms = ("q", "k", "v")
-        f_terms = features // Blocks.of(v.dtype, width, features).values
-        v_terms = width // Blocks.of(v.dtype, features, width).values
-        kept = (call.sequences, call.num_blocks, call.heads)
-        states = torch.empty(*kept, width, features, dtype=v.dtype, device=q.device)
+        f_terms = features // Blocks.recurrence(v.dtype, width, features).values
+        v_terms = width // Blocks.recurrence(v.dtype, features, width).values
+        kept = (call.sequences, call.num_kept, call.heads)
+        states = torch.empty(*kept, features, width, dtype=v.dtype, device=q.device)
         sums = torch.empty(*kept, features, **fp32)
         rows_q, rows_k, pairs = (torch.zeros(n, *shape, **fp32) for n in (f_terms, f_terms, v_terms))
-        across = torch.zeros(v_terms + (f_terms if added is not None else 0), call.sequences, call.heads, call.num_blocks, **fp32)  # fmt: skip
+        across = torch.zeros(f_terms, *kept, **fp32)
         parts = [
             {"row_products": rows_q, "block_states": states, "block_sums": sums},
-            {"row_products": rows_k, "block_sums": sums, "across": across[v_terms:]},
-            {"pairs": pairs, "block_states": states, "across": across, "extra": extra},
+            {"row_products": rows_k, "block_states": states, "block_sums": sums, "across": across},
+            {"pairs": pairs, "extra": extra},
         ]
     first = None if state is None or state_sum is None else (state.mT.contiguous(), state_sum)
     last = None if d_last is None or d_last_sum is None else (d_last.contiguous(), d_last_sum.contiguous())
     of_queries = None if added is None else ("x", added)
     of_keys = None if added is None else ("y", added)
     d_q, *_ = call.run(
-        d_out, v, k, weight=("x", weight), extra=of_queries, first=first, gate_terms=terms[0], companion=q, parts=parts[0]
-    )
+        d_out, v, k, weight=("x", weight), extra=of_queries, first=first, want_last=False,
+        gate_terms=terms[0], companion=q, parts=parts[0],
+    )  # fmt: skip
     d_k, _, _, d_sum = call.run(
-        v, d_out, q, reverse=True, weight=("y", weight), extra=of_keys,
-        first=None if last is None else (last[0].mT.contiguous(), last[1]),
+        v, d_out, q, reverse=True, weight=("y", weight), extra=of_keys, shared=k.shape[1] != call.heads,
+        first=None if last is None else (last[0].mT.contiguous(), last[1]), want_last=state is not None,
         gate_terms=terms[1], companion=k, parts=parts[1],
     )  # fmt: skip
     d_v, _, d_state, _ = call.run(
-        k, q, d_out, reverse=True, weight=("y", weight), first=last, gate_terms=terms[2], companion=v, parts=parts[2]
-    )
+        k, q, d_out, reverse=True, weight=("y", weight), first=last, shared=v.shape[1] != call.heads, want_last=state is not None,
+        gate_terms=terms[2], companion=v, parts=parts[2],
+    )  # fmt: skip
     d_gate = torch.empty(0, **fp32)
     if gate_needs_grad:
         d_gate = torch.zeros(shape, **fp32)
         recurrence_kernel.gate_gradient[(call.sequences * call.num_blocks, call.heads)](
             rows_q, rows_k, pairs, across, q if bounds is None else bounds, d_gate, d_gate.numel(), call.rows,
-            call.num_blocks, K_TERMS=f_terms, V_TERMS=v_terms, ACROSS_TERMS=len(across),
-            HAS_BOUNDS=bounds is not None, BT=call.rows_a_block, num_warps=1,
+            call.num_blocks, TERMS=f_terms, PAIR_TERMS=v_terms, HAS_BOUNDS=bounds is not None, BT=call.rows_a_block, num_warps=1,
         )  # fmt: skip
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
-    d_k, d_v = over_groups(d_k, k), over_groups(d_v, v)
+    d_k, d_v = over_groups(d_k, k), over_groups(d_v, v)  # k may be features: maps come after
     d_map_q, d_map_k = nothing(), nothing()
     if map_q is not None and map_k is not None:
         d_q, d_map_q = _map_gradient(x, map_q, d_q)
@@ -305,7 +317,7 @@ def _(d_out, out, mass, d_last, d_last_sum, q, k, v, log_gate, map_q, map_k, sta
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, scale, normalize = inputs
+    *tensors, scale, normalize, _ = inputs
     out, mass, _, _ = output
     ctx.save_for_backward(*tensors, out, mass)
     ctx.options = (scale, normalize)
@@ -327,7 +339,7 @@ def _differentiate(ctx: Any, d_out: Tensor | None, _: Any, d_last: Tensor | None
         gate_needs_grad,
     )  # fmt: skip
     inputs = (q, k, v, log_gate if gate_needs_grad else None, map_q, map_k, state, state_sum)
-    return *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)), None, None, None
+    return *(None if x is None else grad for x, grad in zip(inputs, grads, strict=True)), *[None] * 4
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -365,8 +377,9 @@ def gated_linear_attention(
     if state is not None:
         first = (state[..., :-1].mT.float().contiguous(), state[..., -1].float().contiguous())
     out, _, last, last_sum = _forward(
-        rows_contiguous(q), rows_contiguous(k), rows_contiguous(v), gate, *maps, *first,
+        q, k, v, gate, *maps, *first,
         None if bounds is None else bounds.to(device=q.device, dtype=torch.int32).contiguous(), float(scale), normalize,
+        return_state,
     )  # fmt: skip
     if not return_state:
         return out, None

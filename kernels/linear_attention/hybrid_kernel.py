@@ -143,16 +143,16 @@ def hybrid_forward(
         sinks_k = tl.load(sink_k + (at + sink)[:, None] * DIM + tl.arange(0, DIM)[None, :])
         sinks_v = tl.load(sink_v + (at + sink)[:, None] * V + value_block * BV + columns[None, :])
     if HAS_LINEAR:
-        lane = tl.arange(0, 16)[None, :]
-        ones = tl.where(lane == 0, tl.full([BT, 16], 1.0, tl.float32), 0.0).to(q.dtype.element_ty)
-        sum0 = tl.zeros([HALF, 16], tl.float32)  # the columns add up: products with them run on the tensor cores
-        sum1 = tl.zeros([HALF, 16], tl.float32)
+        lane = tl.arange(0, 16)[:, None]
+        ones = tl.where(lane == 0, tl.full([16, BT], 1.0, tl.float32), 0.0).to(q.dtype.element_ty)
+        sum0 = tl.zeros([16, HALF], tl.float32)  # the rows add up: products with them run on the tensor cores
+        sum1 = tl.zeros([16, HALF], tl.float32)
         if HAS_STATE:
             at, at_sum = state_offsets(number, heads, head, value_block, HALF, V, BV)
             state0 = tl.trans(tl.load(states + at))
             state1 = tl.trans(tl.load(states + at + HALF * V))
-            sum0 += tl.where(lane == 0, tl.load(sums + at_sum)[:, None], 0.0)
-            sum1 += tl.where(lane == 0, tl.load(sums + at_sum + HALF)[:, None], 0.0)
+            sum0 += tl.where(lane == 0, tl.load(sums + at_sum)[None, :], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(sums + at_sum + HALF)[None, :], 0.0)
         else:
             state0 = tl.zeros([BV, HALF], tl.float32)
             state1 = tl.zeros([BV, HALF], tl.float32)
@@ -172,10 +172,10 @@ def hybrid_forward(
             q0 = q0.to(x.dtype)
             q1 = q1.to(x.dtype)
             high, low = in_two(sum0, x.dtype)
-            past = tl.dot(q0, low, dot(q0, high, PRECISION), input_precision=PRECISION)
+            past = dot(high, tl.trans(q0), PRECISION) + dot(low, tl.trans(q0), PRECISION)
             high, low = in_two(sum1, x.dtype)
-            past = tl.dot(q1, low, tl.dot(q1, high, past, input_precision=PRECISION), input_precision=PRECISION)
-            past = tl.sum(past, 1)
+            past += dot(high, tl.trans(q1), PRECISION) + dot(low, tl.trans(q1), PRECISION)
+            past = tl.sum(past, 0)
             y = dot(q0, tl.trans(state0.to(x.dtype)), PRECISION)
             y = tl.dot(q1, tl.trans(state1.to(x.dtype)), y, input_precision=PRECISION)
             higher = tl.maximum(top, tl.where(past > 0, log_linear, NOTHING))
@@ -243,8 +243,8 @@ def hybrid_forward(
                 k1 = tl.where(counted, k1, 0.0)
                 k0 = k0.to(keys.dtype)
                 k1 = k1.to(keys.dtype)
-            sum0 = tl.dot(tl.trans(k0), ones, sum0, input_precision=PRECISION)
-            sum1 = tl.dot(tl.trans(k1), ones, sum1, input_precision=PRECISION)
+            sum0 = tl.dot(ones, k0, sum0, input_precision=PRECISION)
+            sum1 = tl.dot(ones, k1, sum1, input_precision=PRECISION)
             state0 = tl.dot(tl.trans(values), k0, state0, input_precision=PRECISION)
             state1 = tl.dot(tl.trans(values), k1, state1, input_precision=PRECISION)
 
@@ -357,16 +357,16 @@ def hybrid_backward_queries(
         d_sinks_v = tl.zeros([16, BV], tl.float32)
     if HAS_LINEAR:
         d_weights = tl.zeros([DIM, HALF], tl.float32)
-        lane = tl.arange(0, 16)[None, :]
-        ones = tl.where(lane == 0, tl.full([BT, 16], 1.0, tl.float32), 0.0).to(q.dtype.element_ty)
-        sum0 = tl.zeros([HALF, 16], tl.float32)
-        sum1 = tl.zeros([HALF, 16], tl.float32)
+        lane = tl.arange(0, 16)[:, None]
+        ones = tl.where(lane == 0, tl.full([16, BT], 1.0, tl.float32), 0.0).to(q.dtype.element_ty)
+        sum0 = tl.zeros([16, HALF], tl.float32)
+        sum1 = tl.zeros([16, HALF], tl.float32)
         if HAS_STATE:
             at, at_sum = state_offsets(number, heads, head, value_block, HALF, V, BV)
             state0 = tl.trans(tl.load(states + at))
             state1 = tl.trans(tl.load(states + at + HALF * V))
-            sum0 += tl.where(lane == 0, tl.load(sums + at_sum)[:, None], 0.0)
-            sum1 += tl.where(lane == 0, tl.load(sums + at_sum + HALF)[:, None], 0.0)
+            sum0 += tl.where(lane == 0, tl.load(sums + at_sum)[None, :], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(sums + at_sum + HALF)[None, :], 0.0)
         else:
             state0 = tl.zeros([BV, HALF], tl.float32)
             state1 = tl.zeros([BV, HALF], tl.float32)
@@ -380,8 +380,8 @@ def hybrid_backward_queries(
         d_x = tl.zeros([BT, DIM], tl.float32)
         if HAS_LINEAR:
             share = tl.exp(tl.minimum(log_linear - log_total, MOST))
-            d_q0 = (dot(d_y, state0, PRECISION) - d_total[:, None] * tl.sum(sum0, 1)[None, :]) * share[:, None]
-            d_q1 = (dot(d_y, state1, PRECISION) - d_total[:, None] * tl.sum(sum1, 1)[None, :]) * share[:, None]
+            d_q0 = (dot(d_y, state0, PRECISION) - d_total[:, None] * tl.sum(sum0, 0)[None, :]) * share[:, None]
+            d_q1 = (dot(d_y, state1, PRECISION) - d_total[:, None] * tl.sum(sum1, 0)[None, :]) * share[:, None]
         for back in tl.static_range(LAG + 1):
             key_place = place - back * BT
             there = (key_place >= 0) & (key_place < length)
@@ -435,8 +435,8 @@ def hybrid_backward_queries(
                 k1 = tl.where(counted, k1, 0.0).to(keys.dtype)
             state0 = tl.dot(tl.trans(values), k0, state0, input_precision=PRECISION)
             state1 = tl.dot(tl.trans(values), k1, state1, input_precision=PRECISION)
-            sum0 = tl.dot(tl.trans(k0), ones, sum0, input_precision=PRECISION)
-            sum1 = tl.dot(tl.trans(k1), ones, sum1, input_precision=PRECISION)
+            sum0 = tl.dot(ones, k0, sum0, input_precision=PRECISION)
+            sum1 = tl.dot(ones, k1, sum1, input_precision=PRECISION)
         at_q = place.to(tl.int64)[:, None] * DIM + wide[None, :]
         tl.store(d_q + at_q, d_x.to(d_q.dtype.element_ty), mask=ok[:, None])
     tl.store(d_factor + partial, tl.sum(factor_sum, 0))
@@ -547,15 +547,15 @@ def hybrid_backward_keys(
     lone = tl.where(value_block == 0, 1.0, 0.0)
     if HAS_LINEAR:
         d_weights = tl.zeros([DIM, HALF], tl.float32)
-        lane = tl.arange(0, 16)[None, :]
-        sum0 = tl.zeros([HALF, 16], tl.float32)
-        sum1 = tl.zeros([HALF, 16], tl.float32)
+        lane = tl.arange(0, 16)[:, None]
+        sum0 = tl.zeros([16, HALF], tl.float32)
+        sum1 = tl.zeros([16, HALF], tl.float32)
         if HAS_STATE:
             at, at_sum = state_offsets(number, heads, head, value_block, HALF, V, BV)
             state0 = tl.trans(tl.load(d_states + at))
             state1 = tl.trans(tl.load(d_states + at + HALF * V))
-            sum0 += tl.where(lane == 0, tl.load(d_sums + at_sum)[:, None], 0.0)
-            sum1 += tl.where(lane == 0, tl.load(d_sums + at_sum + HALF)[:, None], 0.0)
+            sum0 += tl.where(lane == 0, tl.load(d_sums + at_sum)[None, :], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(d_sums + at_sum + HALF)[None, :], 0.0)
         else:
             state0 = tl.zeros([BV, HALF], tl.float32)
             state1 = tl.zeros([BV, HALF], tl.float32)
@@ -574,8 +574,8 @@ def hybrid_backward_keys(
             x1 = tl.where(counted, k1, 0.0).to(keys.dtype)
             d_values = tl.dot(x0, tl.trans(state0.to(x0.dtype)), d_values, input_precision=PRECISION)
             d_values = tl.dot(x1, tl.trans(state1.to(x1.dtype)), d_values, input_precision=PRECISION)
-            d_k0 = dot(values, state0, PRECISION) + tl.sum(sum0, 1)[None, :] * lone
-            d_k1 = dot(values, state1, PRECISION) + tl.sum(sum1, 1)[None, :] * lone
+            d_k0 = dot(values, state0, PRECISION) + tl.sum(sum0, 0)[None, :] * lone
+            d_k1 = dot(values, state1, PRECISION) + tl.sum(sum1, 0)[None, :] * lone
         for back in tl.static_range(LAG + 1):
             place = key_place + back * BT
             ok = (place < length) & (place >= num_past)
@@ -617,11 +617,11 @@ def hybrid_backward_keys(
             q0 = (q0 * part[:, None]).to(x.dtype)  # the next block of keys sees the last step's queries through dS
             q1 = (q1 * part[:, None]).to(x.dtype)
             high, low = in_two(-d_total, x.dtype)
-            terms = tl.where(lane == 0, high[:, None], tl.where(lane == 1, low[:, None], tl.zeros_like(low)[:, None]))
+            terms = tl.where(lane == 0, high[None, :], tl.where(lane == 1, low[None, :], tl.zeros_like(low)[None, :]))
             state0 = tl.dot(tl.trans(d_y), q0, state0, input_precision=PRECISION)
             state1 = tl.dot(tl.trans(d_y), q1, state1, input_precision=PRECISION)
-            sum0 = tl.dot(tl.trans(q0), terms, sum0, input_precision=PRECISION)
-            sum1 = tl.dot(tl.trans(q1), terms, sum1, input_precision=PRECISION)
+            sum0 = tl.dot(terms, q0, sum0, input_precision=PRECISION)
+            sum1 = tl.dot(terms, q1, sum1, input_precision=PRECISION)
         tl.store(d_k + key_place.to(tl.int64)[:, None] * DIM + wide[None, :], d_keys.to(d_k.dtype.element_ty), mask=there[:, None])
         at_v = key_place.to(tl.int64)[:, None] * V + columns[None, :]
         tl.store(d_v + at_v, d_values.to(d_v.dtype.element_ty), mask=there[:, None])

@@ -32,9 +32,9 @@ LONGEST_WINDOW = 1024
 class _Cut:
     """How a call is cut: blocks, splits, and how far back the window reaches."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, map_q: Tensor, bounds: Tensor | None, window: int, terrace: bool):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, map_q: Tensor, bounds: Tensor | None, window: int, terrace: bool, backward: bool = False):
         self.features, self.width = 2 * map_q.shape[-1], v.shape[-1]
-        self.blocks = Blocks.of(q.dtype, self.features, self.width)
+        self.blocks = Blocks.hybrid(q.dtype, self.features, self.width, backward=backward)
         rows = self.blocks.rows
         if terrace and window % rows:
             rows = math.gcd(window, rows)
@@ -96,8 +96,9 @@ def _forward(
     scale: float,
     linear_weight: float,
     window_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the output, the log of the denominators (B, H, T), and what splits start from."""
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log of the denominators (B, H, T)."""
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, heads, length = q.shape[:3]
     cut = _Cut(q, k, v, map_q, bounds, window, terrace)
     fp32: Any = {"dtype": torch.float32, "device": q.device}
@@ -120,21 +121,13 @@ def _forward(
         cut.split_blocks, HAS_STATE=kept, HAS_META=meta is not None,
         **cut.flags(q, bounds, window, terrace, linear_weight, window_weight, num_sinks),
     )  # fmt: skip
-    return out, log_mass, states, sums
+    return out, log_mass
 
 
 @_forward.register_fake
 def _(q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, state, state_sum, bounds, window, terrace, num_sinks, scale, linear_weight, window_weight):  # fmt: skip
-    cut, heads = _Cut(q, k, v, map_q, bounds, window, terrace), q.shape[1]
-    fp32: Any = {"dtype": torch.float32, "device": q.device}
-    kept = linear_weight > 0 and (cut.splits > 1 or state is not None)
-    shape = (cut.sequences, cut.splits, heads, cut.features)
-    return (
-        empty_like_heads(q, cut.width, fill=False),
-        torch.empty(q.shape[:3], **fp32),
-        torch.empty((*shape, cut.width) if kept else 0, **fp32),
-        torch.empty(shape if kept else 0, **fp32),
-    )
+    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return empty_like_heads(q, v.shape[-1], fill=False), log_mass
 
 
 @torch.library.custom_op(f"{NAMESPACE}::hybrid_backward", mutates_args=())
@@ -142,8 +135,6 @@ def _backward(
     d_out: Tensor,
     out: Tensor,
     log_mass: Tensor,
-    states: Tensor,
-    sums: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,18 +153,25 @@ def _backward(
     window_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return gradients of q, k, v, both maps, log g, and the meta logit, sinks' keys and values (empty where absent)."""
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, heads, length = q.shape[:3]
-    cut = _Cut(q, k, v, map_q, bounds, window, terrace)
+    cut = _Cut(q, k, v, map_q, bounds, window, terrace, backward=True)
     dim, width, half, many = q.shape[-1], cut.width, cut.features // 2, cut.grid[0]
     fp32: Any = {"dtype": torch.float32, "device": q.device}
     make = torch.empty if bounds is None else torch.zeros
     d_out = rows_contiguous(d_out)
     inner = row_products(d_out, out)
-    linear, kept = linear_weight > 0, states.numel() > 0
+    linear = linear_weight > 0
+    through_splits = linear and cut.splits > 1
+    states, sums = inner, inner
+    if through_splits:
+        past = cut.past(k, v, map_k, bounds, heads, shift=-cut.lag, skip=num_sinks)
+        states, sums = past.states, past.sums
     kind = q.dtype if cut.value_blocks == 1 else torch.float32
     d_q = make(cut.value_blocks, batch, heads, length, dim, dtype=kind, device=q.device)
-    d_k = make(cut.value_blocks, batch, heads, length, dim, dtype=kind, device=q.device)
-    d_v = make(batch, heads, length, width, dtype=v.dtype, device=q.device)
+    shared_kind = torch.float32 if k.shape[1] != heads else kind  # heads' gradients are added up
+    d_k = make(cut.value_blocks, batch, heads, length, dim, dtype=shared_kind, device=q.device)
+    d_v = make(batch, heads, length, width, dtype=shared_kind if k.shape[1] != heads else v.dtype, device=q.device)
     d_maps = [torch.zeros(cut.value_blocks, many, heads, dim, half, **fp32) if linear else inner for _ in range(2)]
     d_factor = torch.empty(cut.value_blocks, many, heads, **fp32)
     d_meta = torch.empty(cut.value_blocks, many, heads, **fp32) if meta is not None else inner
@@ -188,11 +186,11 @@ def _backward(
     reserve_descriptors(q.device)
     hybrid_kernel.hybrid_backward_queries[cut.grid](
         q, k, v, map_q, map_k, log_factor, inner if meta is None else meta, q if sink_k is None else sink_k,
-        q if sink_v is None else sink_v, at, states if kept else inner, sums if kept else inner, d_out, log_mass, inner,
-        d_q, d_maps[0], d_factor, d_meta, d_sink_k, d_sink_v, *shared, HAS_STATE=kept, HAS_META=meta is not None, **flags,
+        q if sink_v is None else sink_v, at, states, sums, d_out, log_mass, inner,
+        d_q, d_maps[0], d_factor, d_meta, d_sink_k, d_sink_v, *shared, HAS_STATE=through_splits, HAS_META=meta is not None, **flags,
     )  # fmt: skip
     share = (math.log(linear_weight) - log_mass).clamp(max=60.0).exp() if linear else inner
-    d_states, d_sums, through_splits = inner, inner, linear and cut.splits > 1
+    d_states, d_sums = inner, inner
     if through_splits:
         past = cut.past(
             q, d_out, map_q, bounds, heads, weights=(share, -share * inner), reverse=True, shift=cut.lag
@@ -218,7 +216,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(d_out, out, log_mass, states, sums, q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale, linear_weight, window_weight):  # fmt: skip
+def _(d_out, out, log_mass, q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale, linear_weight, window_weight):  # fmt: skip
     def like(x: Tensor | None) -> Tensor:
         return torch.empty(0, device=q.device) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -232,8 +230,8 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, d_out: Tensor, *_: Any) -> tuple:
-    *tensors, bounds, out, log_mass, states, sums = ctx.saved_tensors
-    grads = _backward(d_out, out, log_mass, states, sums, *tensors, bounds, *ctx.options)
+    *tensors, bounds, out, log_mass = ctx.saved_tensors
+    grads = _backward(d_out, out, log_mass, *tensors, bounds, *ctx.options)
     grads = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
     return *grads, *[None] * 9
 
@@ -271,7 +269,6 @@ def hybrid_attention(
         raise ValueError(f"the Triton kernels take windows of {kind} from 1 to {LONGEST_WINDOW}, got {window_size}")
     if num_sinks > SINK_ROWS:
         raise ValueError(f"the Triton kernels take at most {SINK_ROWS} sinks, got {num_sinks}")
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     maps = [x.to(q.dtype).contiguous() for x in (feature_map_q, feature_map_k)]
     if bounds is not None:
         bounds = bounds.to(device=q.device, dtype=torch.int32).contiguous()
@@ -280,6 +277,8 @@ def hybrid_attention(
         sinks = (_first_keys(k, bounds, num_sinks), _first_keys(v, bounds, num_sinks))
     first: tuple[Tensor | None, Tensor | None] = (None, None)
     if state is not None:
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *maps)):
+            raise ValueError("hybrid attention cannot be trained from a state on: no gradient would reach what made it")
         first = tuple(  # type: ignore[assignment]
             _query_heads(x, q.shape[1]) for x in (state[..., :-1].float(), state[..., -1].float())
         )
@@ -314,7 +313,7 @@ def _state_after(
 ) -> Tensor:
     """(N, L, F, D + 1): all keys but each sequence's last window - 1, and its sinks."""
     heads, features = map_k.shape[0], 2 * map_k.shape[-1]
-    cut = Blocks.of(k.dtype, features, v.shape[-1])
+    cut = Blocks.hybrid(k.dtype, features, v.shape[-1], backward=False)
     sequences = len(k) if bounds is None else bounds.shape[0]
     splits, split_blocks = num_splits(sequences * heads * (v.shape[-1] // cut.values), k.shape[2], cut.rows)
     first = None if state is None else (state[..., :-1].float().contiguous(), state[..., -1].float().contiguous())

@@ -17,7 +17,7 @@ from torch import Tensor
 from kit.kernels.linear_attention.blocks import multiply_rows, scan_states, split_states, triton
 
 STATE_NUMBERS = 16384  # of a state's fp32 numbers, held in one program's registers
-PROGRAMS = 96  # with fewer sequences and heads than this, sequences are split
+SLOTS = 264  # programs that an H100 or H200 runs at a time: two on each of its 132 multiprocessors
 
 
 def namespace(*files: str) -> str:
@@ -39,12 +39,21 @@ class Blocks:
     precision: str
 
     @classmethod
-    def of(cls, dtype: torch.dtype, features: int, values: int, *, warps: int = 8, stages: int = 2) -> Blocks:
-        """The cut of a state of (features, values); fp32 is IEEE, not TF32."""
-        columns = min(values, max(STATE_NUMBERS // features, 16))
+    def recurrence(cls, dtype: torch.dtype, keys: int, values: int) -> Blocks:
+        """The cut of a recurrence with a state of (keys, values); fp32 is IEEE, not TF32."""
         if dtype == torch.float32:
-            return cls(16, min(columns, 32), 4, 1, "ieee")
-        return cls(64, columns, warps if features * columns >= STATE_NUMBERS else 4, stages, "tf32")
+            return cls(16, min(values, 32), 4, 1, "ieee")
+        return cls(64, min(values, 64), 4 if keys <= 128 else 8, 2, "tf32")
+
+    @classmethod
+    def hybrid(cls, dtype: torch.dtype, features: int, values: int, *, backward: bool) -> Blocks:
+        """The cut of hybrid attention with a state of (features, values)."""
+        if dtype == torch.float32:
+            return cls(16, min(values, 32), 4, 1, "ieee")
+        if backward:
+            columns = min(values, max(STATE_NUMBERS // features, 16))
+            return cls(32, columns, 8 if features * columns > STATE_NUMBERS // 2 else 4, 1, "tf32")
+        return cls(64, min(values, 64), 4 if features <= 128 else 8, 1, "tf32")
 
 
 def check_dims(**dims: int) -> None:
@@ -59,9 +68,13 @@ def check_dims(**dims: int) -> None:
 
 
 def num_splits(programs: int, length: int, rows: int) -> tuple[int, int]:
-    """How many splits a sequence is cut into, and blocks a split: enough to fill the device, none below 512 tokens."""
+    """How many splits a sequence is cut into, and blocks a split.
+
+    Splits cost a pass over keys and values, so there are none where programs take most of the device, and no more than
+    fill it; none is below 512 tokens.
+    """
     blocks = max(triton.cdiv(length, rows), 1)
-    wanted = 1 if programs >= PROGRAMS else triton.cdiv(2 * PROGRAMS, programs)
+    wanted = 1 if programs > SLOTS // 3 else SLOTS // programs
     size = max(triton.cdiv(blocks, wanted), min(triton.cdiv(512, rows), blocks))
     return triton.cdiv(blocks, size), size
 

@@ -20,6 +20,9 @@ except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 
+KEEP_EVERY = tl.constexpr(2)  # blocks a state that is kept for the gate's gradient
+
+
 @triton.jit
 def cumulate_gates(
     log_gate, bounds, out, gate_batch, gate_head, num_keys, num_splits, HAS_BOUNDS: tl.constexpr, BT: tl.constexpr
@@ -45,9 +48,8 @@ def gate_gradient(
     num_rows,
     num_keys,
     num_splits,
-    K_TERMS: tl.constexpr,
-    V_TERMS: tl.constexpr,
-    ACROSS_TERMS: tl.constexpr,
+    TERMS: tl.constexpr,
+    PAIR_TERMS: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -55,8 +57,8 @@ def gate_gradient(
 
     `rows_q` (terms, B, H, T): queries of the block with earlier keys, which count from t on. `rows_k`: keys of the block
     with later queries, which count up to t. `pairs`: row sums less column sums of A dA within the block, of which a suffix
-    is all pairs around t. `across` (terms, B, H, blocks): earlier keys with later queries. No sum is longer than a block,
-    so rounding does not build up with T.
+    is all pairs around t. `across` (terms, N, kept, H): earlier keys with later queries, for every second block; the next
+    one's follows from it. No sum is longer than two blocks, so rounding does not build up with T.
     """
     head = tl.program_id(1)
     row, start, end, block = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
@@ -66,16 +68,20 @@ def gate_gradient(
     at = (row * tl.num_programs(1) + head) * num_keys + time
     from_here = tl.zeros([BT], tl.float32)
     to_here = tl.zeros([BT], tl.float32)
+    step = tl.zeros([BT], tl.float32)
     over = 0.0
-    index = (sequence.to(tl.int64) * tl.num_programs(1) + head) * num_splits + block
-    stride = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)  # sequences x blocks x heads
-    for term in tl.static_range(K_TERMS):
+    num_kept = tl.cdiv(num_splits, KEEP_EVERY)
+    index = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * tl.num_programs(1) + head
+    stride = (tl.num_programs(0) // num_splits).to(tl.int64) * num_kept * tl.num_programs(1)
+    before = (time - BT >= start) & (time - BT < end)
+    for term in tl.static_range(TERMS):
+        over += tl.load(across + term * stride + index)
         from_here += tl.load(rows_q + at + term * num_rows, mask=ok, other=0.0)
         to_here += tl.load(rows_k + at + term * num_rows, mask=ok, other=0.0)
-    for term in tl.static_range(V_TERMS):
+        step += tl.load(rows_k + at - BT + term * num_rows, mask=before, other=0.0)
+    over += tl.where(block % KEEP_EVERY == 1, tl.sum(step, 0) - tl.sum(from_here, 0), 0.0)
+    for term in tl.static_range(PAIR_TERMS):
         from_here += tl.load(pairs + at + term * num_rows, mask=ok, other=0.0)
-    for term in tl.static_range(ACROSS_TERMS):
-        over += tl.load(across + term * stride + index)
     suffix = tl.sum(from_here, 0) - tl.cumsum(from_here, 0) + from_here
     prefix = tl.cumsum(to_here, 0) - to_here
     tl.store(out + at, over + suffix + prefix, mask=ok)
@@ -128,7 +134,7 @@ def recurrence(
     num_keys,
     num_splits,
     split_blocks,
-    num_blocks,
+    num_kept,
     REVERSE: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
@@ -140,6 +146,7 @@ def recurrence(
     EXTRA: tl.constexpr,
     GATE_TERMS: tl.constexpr,
     STORE_LAST: tl.constexpr,
+    SKIP_END: tl.constexpr,
     HALF: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
@@ -149,6 +156,7 @@ def recurrence(
     """One split of one head, BV columns of z. Shapes in gated_ops.py; K = 2·HALF features of x and y, V columns of z.
 
     Options:
+        SKIP_END: the last split adds nothing: nobody asks for the state after it.
         STATE_ONLY: no outputs, only what the split adds to the state (`states`, `sums`).
         NORMALIZE: divide by `mass`, the same sum with z = 1, and store it.
         WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
@@ -178,6 +186,8 @@ def recurrence(
     first = split * split_blocks
     last = tl.minimum(first + split_blocks, tl.cdiv(end - start, BT).to(tl.int32))
     count = tl.maximum(last - first, 0)
+    if SKIP_END:
+        count = tl.where(split == (0 if REVERSE else num_splits - 1), 0, count)
     columns = tl.arange(0, BV)
     at_state = ((number.to(tl.int64) * heads + head) * V + value_block * BV) * (2 * HALF)
     cells = columns[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
@@ -190,18 +200,18 @@ def recurrence(
         state0 = tl.zeros([BV, HALF], tl.float32)
         state1 = tl.zeros([BV, HALF], tl.float32)
     # what divides: the same state for z = 1. What extras need: the same state for x = y = 1.
-    # Both are (·, 16) matrices whose columns add up: products with them run on the tensor cores.
-    lane = tl.arange(0, 16)[None, :]
+    # Both are (16, ·) matrices whose rows add up: products with them run on the tensor cores.
+    lane = tl.arange(0, 16)[:, None]
     if NORMALIZE:
-        sum0 = tl.zeros([HALF, 16], tl.float32)
-        sum1 = tl.zeros([HALF, 16], tl.float32)
+        sum0 = tl.zeros([16, HALF], tl.float32)
+        sum1 = tl.zeros([16, HALF], tl.float32)
         if HAS_STATE:
-            sum0 += tl.where(lane == 0, tl.load(sums + at_key_sum)[:, None], 0.0)
-            sum1 += tl.where(lane == 0, tl.load(sums + at_key_sum + HALF)[:, None], 0.0)
+            sum0 += tl.where(lane == 0, tl.load(sums + at_key_sum)[None, :], 0.0)
+            sum1 += tl.where(lane == 0, tl.load(sums + at_key_sum + HALF)[None, :], 0.0)
     if EXTRA != "":
-        value_sum = tl.zeros([BV, 16], tl.float32)
+        value_sum = tl.zeros([16, BV], tl.float32)
         if HAS_STATE:
-            value_sum += tl.where(lane == 0, tl.load(sums + at_sum)[:, None], 0.0)
+            value_sum += tl.where(lane == 0, tl.load(sums + at_sum)[None, :], 0.0)
     index = tl.arange(0, BT)
     over_split = 0.0
     for step in range(count):
@@ -266,9 +276,9 @@ def recurrence(
             if WEIGHTED == "x":
                 result *= weight[None, :]
             if EXTRA == "x":
-                result += tl.sum(value_sum, 1)[:, None] * added[None, :]
+                result += tl.sum(value_sum, 0)[:, None] * added[None, :]
             if EXTRA == "y":
-                result += tl.sum(value_sum, 1)[:, None]
+                result += tl.sum(value_sum, 0)[:, None]
             if HAS_GATE:
                 result *= of_queries[None, :]
             if GATE_TERMS == "q" or GATE_TERMS == "k":
@@ -277,10 +287,10 @@ def recurrence(
             result = tl.dot(tl.trans(values), a.to(values.dtype), result, input_precision=PRECISION)
             if NORMALIZE:
                 high, low = in_two(sum0, x0.dtype)
-                total = tl.dot(x0, low, dot(x0, high, PRECISION), input_precision=PRECISION)
+                total = dot(high, tl.trans(x0), PRECISION) + dot(low, tl.trans(x0), PRECISION)
                 high, low = in_two(sum1, x0.dtype)
-                total = tl.dot(x1, low, tl.dot(x1, high, total, input_precision=PRECISION), input_precision=PRECISION)
-                total = tl.sum(total, 1)
+                total += dot(high, tl.trans(x1), PRECISION) + dot(low, tl.trans(x1), PRECISION)
+                total = tl.sum(total, 0)
                 if HAS_GATE:
                     total *= of_queries
                 total += tl.sum(a, 0)
@@ -295,47 +305,44 @@ def recurrence(
                 tl.store(block_out, tl.trans(result).to(out.dtype.element_ty), mask=ok[:, None])
             else:
                 tl.store(block_out, tl.trans(result).to(out.dtype.element_ty))
-            kept = (sequence.to(tl.int64) * num_blocks + block) * heads + head
-            if GATE_TERMS == "q":  # here z is k: columns are features
-                at = kept * (2 * HALF * V) + value_block * BV
-                cells_kept = tl.arange(0, HALF)[None, :] * V + columns[:, None]
-                kind = block_states.dtype.element_ty
-                tl.store(block_states + at + cells_kept, state0.to(kind))
-                tl.store(block_states + at + cells_kept + HALF * V, state1.to(kind))
-                if EXTRA != "":
-                    tl.store(block_sums + kept * V + value_block * BV + columns, tl.sum(value_sum, 1))
-            at_across = (sequence.to(tl.int64) * heads + head) * num_blocks + block
-            stride = (tl.num_programs(2) // num_splits).to(tl.int64) * heads * num_blocks
-            if GATE_TERMS == "k":
-                if EXTRA == "y":
-                    over = tl.sum(tl.load(block_sums + kept * V + value_block * BV + columns) * tl.sum(value_sum, 1))
-                    tl.store(across + value_block * stride + at_across, over * tl.exp2(whole))
-            if GATE_TERMS == "v":  # here x is k, y is q and z is do; the companion is v
+            if GATE_TERMS == "q" or GATE_TERMS == "k":  # x, y, z are do, v, k or v, do, q
+                if block % KEEP_EVERY == 0:
+                    kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
+                    at = block_states + (kept * V + value_block * BV) * (2 * HALF) + cells
+                    if GATE_TERMS == "q":
+                        tl.store(at, state0.to(block_states.dtype.element_ty))
+                        tl.store(at + HALF, state1.to(block_states.dtype.element_ty))
+                        if EXTRA == "x":
+                            tl.store(block_sums + kept * V + value_block * BV + columns, tl.sum(value_sum, 0))
+                    else:
+                        over = tl.sum(tl.load(at).to(tl.float32) * state0 + tl.load(at + HALF).to(tl.float32) * state1)
+                        if EXTRA == "y":
+                            kept_sum = tl.load(block_sums + kept * V + value_block * BV + columns)
+                            over += tl.sum(kept_sum * tl.sum(value_sum, 0))
+                        stride = (tl.num_programs(2) // num_splits).to(tl.int64) * heads * num_kept
+                        tl.store(across + value_block * stride + kept, over * tl.exp2(whole))
+            if GATE_TERMS == "v":  # x, y, z are k, q, do; the companion is v
                 c = load_block(companion, time, c_time, ok, BV)
                 d_a = dot(values, tl.trans(c), PRECISION) * weight[:, None]
                 d_a += tl.where(value_block == 0, tl.load(extra + rows + time, mask=ok, other=0.0), 0.0)[:, None]
                 both = products * between * d_a
                 tl.store(pairs + terms + time, tl.sum(both, 1) - tl.sum(both, 0), mask=ok)
-                at = kept * (2 * HALF * V) + (value_block * BV) * (2 * HALF)
-                over = tl.sum(tl.load(block_states + at + cells).to(tl.float32) * state0)
-                over += tl.sum(tl.load(block_states + at + cells + HALF).to(tl.float32) * state1)
-                tl.store(across + value_block * stride + at_across, over * tl.exp2(whole))
         if NORMALIZE or EXTRA != "":
             counted = added if EXTRA == "y" else tl.where(ok, 1.0, 0.0)
             if HAS_GATE:
                 counted *= of_keys
             high, low = in_two(counted, y0.dtype)
-            counts = tl.where(lane == 0, high[:, None], tl.where(lane == 1, low[:, None], tl.zeros_like(low)[:, None]))
+            counts = tl.where(lane == 0, high[None, :], tl.where(lane == 1, low[None, :], tl.zeros_like(low)[None, :]))
             if EXTRA != "":
                 if HAS_GATE:
                     value_sum *= tl.exp2(whole)
-                value_sum = tl.dot(tl.trans(values), counts, value_sum, input_precision=PRECISION)
+                value_sum = tl.dot(counts, values, value_sum, input_precision=PRECISION)
             if NORMALIZE:
                 if HAS_GATE:
                     sum0 *= tl.exp2(whole)
                     sum1 *= tl.exp2(whole)
-                sum0 = tl.dot(tl.trans(y0), counts, sum0, input_precision=PRECISION)
-                sum1 = tl.dot(tl.trans(y1), counts, sum1, input_precision=PRECISION)
+                sum0 = tl.dot(counts, y0, sum0, input_precision=PRECISION)
+                sum1 = tl.dot(counts, y1, sum1, input_precision=PRECISION)
         if HAS_GATE:
             state0 *= tl.exp2(whole)
             state1 *= tl.exp2(whole)
@@ -358,7 +365,7 @@ def recurrence(
         tl.store(last_state + at_state + cells + HALF, state1)
         if NORMALIZE:
             if value_block == 0:
-                tl.store(last_sum + at_key_sum, tl.sum(sum0, 1))
-                tl.store(last_sum + at_key_sum + HALF, tl.sum(sum1, 1))
+                tl.store(last_sum + at_key_sum, tl.sum(sum0, 0))
+                tl.store(last_sum + at_key_sum + HALF, tl.sum(sum1, 0))
         if EXTRA != "":
-            tl.store(last_sum + at_sum, tl.sum(value_sum, 1))
+            tl.store(last_sum + at_sum, tl.sum(value_sum, 0))
