@@ -1,13 +1,9 @@
-"""Triton pieces that the chunked kernels share: features of a block, and the running state of a split of a sequence.
+"""Triton pieces that the chunked kernels share: blocks of rows, Hedgehog's features, the scan of what splits add.
 
-Features come in two halves, φ = [φ0 ⊕ φ1]: the halves of raw features, or Hedgehog's softmax(Wᵀx) and softmax(−Wᵀx).
-So nothing F wide is ever concatenated, and one code path serves mapped and raw features.
-
-A sequence is cut into `num_splits` splits of whole blocks, so that few long sequences fill the device too. What earlier
-splits leave behind is summed by `split_states`, scanned by `scan_states`, and is where each split starts.
+A sequence is cut into `num_splits` splits of whole blocks, so that few long sequences fill the device too. What each
+split adds to the state is computed on its own, then scanned (`scan_states`): that is where each split starts.
 """
 
-# pyright: reportPossiblyUnboundVariable=false
 from __future__ import annotations
 
 try:
@@ -32,7 +28,7 @@ def in_two(x, KIND: tl.constexpr):
 
 @triton.jit
 def split_of(bounds, HAS_BOUNDS: tl.constexpr, num_splits, num_keys):
-    """(row, first key, last key + 1, split) of program 0: bounds are (N, 3) rows, starts and ends; without, a row each."""
+    """(row, first key, last key + 1, split) of program 0; bounds are (N, 3) rows, starts and ends, else a row each."""
     number = tl.program_id(0)
     sequence = number // num_splits
     split = number % num_splits
@@ -73,136 +69,10 @@ def softmax_pair_gradient(up, down, d_up, d_down):
 
 
 @triton.jit
-def features(
-    pointer, time, stride, ok, map, HAS_MAP: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Both halves of the features of a block, (BT, HALF) fp32; zero where not ok.
-
-    `map` is the (DIM, HALF) feature map, read only with HAS_MAP; without, the rows hold 2·HALF raw features.
-    """
-    if HAS_MAP:
-        x = load_block(pointer, time, stride, ok, DIM)
-        first, second = softmax_pair(dot(x, map, PRECISION))
-        first = tl.where(ok[:, None], first, 0.0)
-        second = tl.where(ok[:, None], second, 0.0)
-    else:
-        first = load_block(pointer, time, stride, ok, HALF).to(tl.float32)
-        second = load_block(pointer + HALF, time, stride, ok, HALF).to(tl.float32)
-    return first, second
-
-
-@triton.jit
-def load_map(pointer, head, HAS_MAP: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr):
-    """One head's (DIM, HALF) feature map; without maps something that is not read."""
-    if HAS_MAP:
-        rows = tl.arange(0, DIM)[:, None] * HALF
-        map = tl.load(pointer + head.to(tl.int64) * DIM * HALF + rows + tl.arange(0, HALF)[None, :])
-    else:
-        map = 0.0
-    return map
-
-
-@triton.jit
-def state_offsets(number, heads, head, value_block, HALF: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """Where the upper half of a state (2·HALF, V) and its denominator (2·HALF,) lie; states are (number, heads, ...)."""
-    index = number.to(tl.int64) * heads + head
-    rows = tl.arange(0, HALF)[:, None] * V
-    columns = value_block * BV + tl.arange(0, BV)[None, :]
-    return index * (2 * HALF * V) + rows + columns, index * (2 * HALF) + tl.arange(0, HALF)
-
-
-@triton.jit
-def split_states(
-    x,
-    y,
-    row_weight,
-    extra,
-    maps,
-    bounds,
-    states,
-    denominators,
-    x_batch,
-    x_head,
-    x_time,
-    y_batch,
-    y_head,
-    y_time,
-    heads,
-    x_group,
-    y_group,
-    map_group,
-    num_keys,
-    num_rows,
-    num_splits,
-    split_blocks,
-    shift,
-    skip,
-    limit,
-    HAS_BOUNDS: tl.constexpr,
-    HAS_MAP: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    V: tl.constexpr,
-    BV: tl.constexpr,
-    BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """What the blocks of a split add to the state: Σ φ(x_t) [y_t, 1]ᵀ, or with HAS_WEIGHT φ(x_t) [r_t y_t, e_t]ᵀ.
-
-    Args:
-        x: (B, X, T, DIM), or raw features (B, X, T, 2·HALF).
-        y: (B, Y, T, V).
-        row_weight, extra: (B, H, T) fp32, r and e above.
-        maps: (M, DIM, HALF).
-        bounds: (N, 3).
-        states, denominators: outputs (N, splits, H, 2·HALF, V) and (N, splits, H, 2·HALF), fp32.
-        x_group, y_group, map_group: query heads a head of x, of y, a map.
-        num_keys, num_rows: T, and rows of `row_weight` and `extra`.
-        shift: blocks by which the split's range is moved (the window's lag).
-        skip: terms at the start of each sequence that do not count (sinks).
-        limit: terms at the end of each sequence that do not count.
-    """
-    number = tl.program_id(0)
-    head = tl.program_id(1)
-    value_block = tl.program_id(2)
-    row, start, end, split = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
-    map = load_map(maps, head // map_group, HAS_MAP, DIM, HALF)
-    x += row * x_batch + (head // x_group).to(tl.int64) * x_head
-    y += row * y_batch + (head // y_group).to(tl.int64) * y_head + value_block * BV
-    rows = (row * tl.num_programs(1) + head) * num_rows
-    first = tl.maximum(split * split_blocks + shift, 0)
-    last = tl.minimum((split + 1) * split_blocks + shift, tl.cdiv(end - start, BT).to(tl.int32))
-    count = tl.maximum(last - first, 0)
-    state0 = tl.zeros([HALF, BV], tl.float32)
-    state1 = tl.zeros([HALF, BV], tl.float32)
-    sum0 = tl.zeros([HALF], tl.float32)
-    sum1 = tl.zeros([HALF], tl.float32)
-    for step in range(count):
-        block = first + step
-        time = start + block * BT + tl.arange(0, BT)
-        ok = time < end
-        counted = (time >= start + skip) & (time < end - limit)
-        phi0, phi1 = features(x, time, x_time, ok & counted, map, HAS_MAP, DIM, HALF, PRECISION)
-        values = load_block(y, time, y_time, ok, BV)
-        if HAS_WEIGHT:
-            weight = tl.load(row_weight + rows + time, mask=ok, other=0.0)
-            added = tl.load(extra + rows + time, mask=ok, other=0.0)
-            sum0 += tl.sum(phi0 * added[:, None], 0)
-            sum1 += tl.sum(phi1 * added[:, None], 0)
-            phi0 = phi0 * weight[:, None]
-            phi1 = phi1 * weight[:, None]
-        else:
-            sum0 += tl.sum(phi0, 0)
-            sum1 += tl.sum(phi1, 0)
-        state0 += dot(tl.trans(phi0.to(values.dtype)), values, PRECISION)
-        state1 += dot(tl.trans(phi1.to(values.dtype)), values, PRECISION)
-    at, at_sum = state_offsets(number, heads, head, value_block, HALF, V, BV)
-    tl.store(states + at, state0)
-    tl.store(states + at + HALF * V, state1)
-    if value_block == 0:
-        tl.store(denominators + at_sum, sum0)
-        tl.store(denominators + at_sum + HALF, sum1)
+def load_map(pointer, head, DIM: tl.constexpr, HALF: tl.constexpr):
+    """One head's (DIM, HALF) feature map."""
+    rows = tl.arange(0, DIM)[:, None] * HALF
+    return tl.load(pointer + head.to(tl.int64) * DIM * HALF + rows + tl.arange(0, HALF)[None, :])
 
 
 @triton.jit

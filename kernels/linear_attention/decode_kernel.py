@@ -113,11 +113,11 @@ def hybrid_step(
         slot = (seen + 1) % (WINDOW + 1)  # of the key that leaves the window, if one does
         old_k = tl.load(ring_k + slot * DIM + wide).to(tl.float32)
         old_v = tl.load(ring_v + slot * V + columns).to(tl.float32)
-        map = load_map(map_k, map_head, True, DIM, HALF)
+        map = load_map(map_k, map_head, DIM, HALF)
         z = tl.zeros([16, HALF], tl.float32)
         for number in tl.static_range(QUERIES):
             row = tl.load(q + (map_head * QUERIES + number) * q_head + wide).to(tl.float32)
-            weights = load_map(map_q, map_head * QUERIES + number, True, DIM, HALF).to(tl.float32)
+            weights = load_map(map_q, map_head * QUERIES + number, DIM, HALF).to(tl.float32)
             z += tl.where(query[:, None] == number, tl.sum(row[:, None] * weights, 0)[None, :], 0.0)
     if HAS_WINDOW:
         slots = tl.arange(0, SLOTS)
@@ -169,8 +169,13 @@ def hybrid_step(
         sum1 += k1
         q0, q1 = softmax_pair(z)
         past = tl.sum(q0 * sum0[None, :] + q1 * sum1[None, :], 1)
-        y_past = tl.dot(q0, state0, input_precision=STATE_PRECISION)
-        y_past = tl.dot(q1, state1, y_past, input_precision=STATE_PRECISION)
+        if QUERIES == 1:
+            lone0 = tl.sum(tl.where(query[:, None] == 0, q0, 0.0), 0)
+            lone1 = tl.sum(tl.where(query[:, None] == 0, q1, 0.0), 0)
+            y_past = tl.sum(lone0[:, None] * state0 + lone1[:, None] * state1, 0)[None, :]
+        else:
+            y_past = tl.dot(q0, state0, input_precision=STATE_PRECISION)
+            y_past = tl.dot(q1, state1, y_past, input_precision=STATE_PRECISION)
         higher = tl.maximum(top, tl.where(past > 0, log_linear, -1e30))
         share = tl.where(past > 0, tl.exp(tl.minimum(log_linear - higher, 0.0)), 0.0)
         y = y * tl.exp(top - higher)[:, None] + share[:, None] * y_past
@@ -238,8 +243,8 @@ def gated_step(
     k += batch.to(tl.int64) * k_batch + (head // group) * k_head
     new_v = tl.load(v + batch.to(tl.int64) * v_batch + (head // group) * v_head + columns).to(tl.float32)
     if HAS_MAP:
-        q0, q1 = map_row(tl.load(q + wide).to(tl.float32), load_map(map_q, head, True, DIM, HALF))
-        k0, k1 = map_row(tl.load(k + wide).to(tl.float32), load_map(map_k, head // map_group, True, DIM, HALF))
+        q0, q1 = map_row(tl.load(q + wide).to(tl.float32), load_map(map_q, head, DIM, HALF))
+        k0, k1 = map_row(tl.load(k + wide).to(tl.float32), load_map(map_k, head // map_group, DIM, HALF))
     else:
         q0 = tl.load(q + half).to(tl.float32)
         q1 = tl.load(q + half + HALF).to(tl.float32)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kit.kernels.linear_attention import blocks, decode_kernel
-from kit.kernels.linear_attention.launch import check_dims, namespace, triton
+from kit.kernels.linear_attention.blocks import load_map
+from kit.kernels.linear_attention.decode_kernel import gated_step as gated_step_kernel
+from kit.kernels.linear_attention.decode_kernel import hybrid_step as hybrid_step_kernel
+from kit.kernels.linear_attention.launch import SLOTS, namespace, refuse_dims, triton
 
-NAMESPACE = namespace(__file__, blocks.__file__, decode_kernel.__file__)
+NAMESPACE = namespace(__file__, hybrid_step_kernel, load_map)
 
 
 @dataclass
@@ -36,7 +39,8 @@ class HybridState:
     @classmethod
     def empty(cls, k: Tensor, v: Tensor, *, map_heads: int, features: int, window_size: int, num_sinks: int = 0):
         """The state before the first token, for keys like k (B, G, ..., D) and values like v (B, G, ..., V)."""
-        batch, heads, fp32 = k.shape[0], k.shape[1], {"dtype": torch.float32, "device": k.device}
+        batch, heads = k.shape[:2]
+        fp32: Any = {"dtype": torch.float32, "device": k.device}
         return cls(
             k.new_zeros(batch, heads, window_size + 1, k.shape[-1]),
             v.new_zeros(batch, heads, window_size + 1, v.shape[-1]),
@@ -48,13 +52,8 @@ class HybridState:
 
 
 def _value_columns(width: int, programs: int) -> int:
-    """Columns a program: few enough that small batches fill the device."""
-    columns = 32
-    while columns > 16 and programs * (width // columns) < 96:
-        columns //= 2
-    while columns < min(width, 64) and programs * (width // columns) > 1024:
-        columns *= 2
-    return columns
+    """Columns a program, of V for so many states: few while the device is not full."""
+    return min(32 if programs * (width // 32) <= SLOTS else 64, width)
 
 
 @torch.library.custom_op(
@@ -83,7 +82,7 @@ def _hybrid_step(
     map_heads, width, window = map_k.shape[0], v.shape[-1], ring_k.shape[2] - 1
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
     columns = _value_columns(width, batch * map_heads)
-    decode_kernel.hybrid_step[(width // columns, map_heads, batch)](
+    hybrid_step_kernel[(width // columns, map_heads, batch)](
         q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
         sink_v if sink_v.numel() else q, position, ring_k, ring_v, states, sums, out, *q.stride()[:2], *k.stride()[:2],
         *v.stride()[:2], k.shape[1], map_heads, scale, math.log(linear_weight) if linear_weight > 0 else 0.0,
@@ -97,7 +96,7 @@ def _hybrid_step(
 
 
 @_hybrid_step.register_fake
-def _(q, k, v, map_q, map_k, log_factor, meta, position, ring_k, ring_v, states, sums, sink_k, sink_v, scale, linear_weight, window_weight):  # fmt: skip
+def _(q, k, v, *options):
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
 
@@ -134,7 +133,9 @@ def hybrid_step(
     Raises:
         ValueError: on unsupported dims, naming them.
     """
-    check_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]})
+    dims = {"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]}
+    if reason := refuse_dims(**dims):
+        raise ValueError(reason)
     log_factor = window_factor.float().log() + (math.log(window_weight) if window_weight > 0 else 0.0)
     meta = None if meta_logit is None else meta_logit.float()
     return _hybrid_step(
@@ -161,18 +162,18 @@ def _gated_step(
     width, features = v.shape[-1], states.shape[2]
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
     columns = _value_columns(width, batch * heads)
-    decode_kernel.gated_step[(width // columns, heads, batch)](
+    gated_step_kernel[(width // columns, heads, batch)](
         q, k, v, sums if log_gate is None else log_gate, q if map_q is None else map_q, k if map_k is None else map_k,
         position, states, sums, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *((0, 0) if log_gate is None else log_gate.stride()), heads, heads // k.shape[1],
-        1 if map_k is None else heads // map_k.shape[0], scale, HAS_GATE=log_gate is not None, HAS_MAP=map_q is not None,
-        NORMALIZE=normalize, DIM=dim, HALF=features // 2, V=width, BV=columns, num_warps=4,
+        1 if map_k is None else heads // map_k.shape[0], scale, HAS_GATE=log_gate is not None,
+        HAS_MAP=map_q is not None, NORMALIZE=normalize, DIM=dim, HALF=features // 2, V=width, BV=columns, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @_gated_step.register_fake
-def _(q, k, v, log_gate, map_q, map_k, position, states, sums, scale, normalize):
+def _(q, k, v, *options):
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
 
@@ -205,6 +206,7 @@ def gated_step(
     Returns:
         (B, H, V).
     """
-    check_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]})
+    if reason := refuse_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]}):
+        raise ValueError(reason)
     gate = None if log_gate is None else log_gate.float()
     return _gated_step(q, k, v, gate, feature_map_q, feature_map_k, position, states, sums, scale, normalize)

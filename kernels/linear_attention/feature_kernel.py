@@ -31,7 +31,7 @@ def map_forward(
     batch = tl.program_id(2).to(tl.int64)
     time = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     ok = time < num_rows
-    weights = load_map(maps, head // map_group, True, DIM, HALF)
+    weights = load_map(maps, head // map_group, DIM, HALF)
     rows = load_block(x + batch * x_batch + head.to(tl.int64) * x_head, time, x_time, ok, DIM)
     first, second = softmax_pair(dot(rows, weights, PRECISION))
     at = ((batch * tl.num_programs(1) + head) * num_rows + time[:, None]) * (2 * HALF) + tl.arange(0, HALF)[None, :]
@@ -57,10 +57,10 @@ def map_backward(
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d_phi (B, H, T, 2·HALF) -> d_x (B, H, T, DIM), and d_maps (B, programs, H, DIM, HALF) fp32 of `blocks` blocks each."""
+    """d_phi (B, H, T, 2·HALF) -> d_x (B, H, T, DIM), and each program's d_maps (B, programs, H, DIM, HALF), fp32."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    weights = load_map(maps, head // map_group, True, DIM, HALF)
+    weights = load_map(maps, head // map_group, DIM, HALF)
     x += batch * x_batch + head.to(tl.int64) * x_head
     rows_before = (batch * tl.num_programs(1) + head) * num_rows
     total = tl.zeros([DIM, HALF], tl.float32)

@@ -50,8 +50,8 @@ def gated_linear_attention(
         scale: multiplies the output; only without `normalize`.
         normalize: divide by the sum of the weights.
         state: (N, H, F, V + 1), what came before each sequence; the last column is the denominator.
-        bounds: (N, 3) int: row, start and end of each sequence; None is one sequence a row. What lies in none of them is
-            padding: its outputs are zero. See `sequence_bounds`.
+        bounds: (N, 3) int: row, start and end of each sequence; None is one sequence a row. What lies in none of them
+            is padding: its outputs are zero. See `sequence_bounds`.
         return_state: also return the state after each sequence.
 
     Returns:
@@ -95,6 +95,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, state: Tensor | N
     """One sequence, (H, T, ·): Σ w_ij [v_j, 1] (H, T, V + 1) and the state after it."""
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[-1], v.shape[-1])
+    if not q.shape[1]:
+        return q.new_zeros(q.shape[0], 0, v.shape[-1]), state
     parts = []
     blocks = (x.split(BLOCK, 1) for x in (q, k, v, log_gate))
     for q_n, k_n, v_n, gate in zip(*blocks, strict=True):

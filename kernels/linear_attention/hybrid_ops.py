@@ -1,4 +1,4 @@
-"""Launches the hybrid kernels and registers them with torch.library: forward, backward, shapes for torch.compile."""
+"""Hybrid attention on Triton: launches of the window and of its linear past, registered with torch.library."""
 
 from __future__ import annotations
 
@@ -9,71 +9,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.kernels.linear_attention import blocks, hybrid_kernel
+from kit.kernels.linear_attention.blocks import scan_states
+from kit.kernels.linear_attention.feature_kernel import map_backward
 from kit.kernels.linear_attention.launch import (
     Blocks,
-    check_dims,
-    empty_like_heads,
+    empty_heads,
     namespace,
-    num_splits,
     over_groups,
-    over_value_blocks,
-    past_of_splits,
-    reserve_descriptors,
+    refuse_dims,
     row_products,
     rows_contiguous,
+    triton,
+)
+from kit.kernels.linear_attention.recurrence_kernel import recurrence
+from kit.kernels.linear_attention.recurrence_ops import Recurrence, map_features, map_gradient
+from kit.kernels.linear_attention.window_kernel import (
+    window_backward_keys,
+    window_backward_queries,
+    window_forward,
 )
 
-NAMESPACE = namespace(__file__, blocks.__file__, hybrid_kernel.__file__)
+NAMESPACE = namespace(__file__, window_forward, recurrence, map_backward, scan_states, Recurrence.run, row_products)
 SINK_ROWS = 16  # a tile of the tensor cores
 LONGEST_WINDOW = 1024
+TERRACES = (16, 32, 64)
+BLOCKS_EACH = 8  # of queries a program of the backward pass, which so adds sinks' gradients up
 
 
-class _Cut:
-    """How a call is cut: blocks, splits, and how far back the window reaches."""
-
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, map_q: Tensor, bounds: Tensor | None, window: int, terrace: bool, backward: bool = False):
-        self.features, self.width = 2 * map_q.shape[-1], v.shape[-1]
-        self.blocks = Blocks.hybrid(q.dtype, self.features, self.width, backward=backward)
-        rows = self.blocks.rows
-        if terrace and window % rows:
-            rows = math.gcd(window, rows)
-            self.blocks = Blocks(rows, self.blocks.values, 4, 1, self.blocks.precision)
-        self.sequences = len(k) if bounds is None else bounds.shape[0]
-        self.value_blocks = self.width // self.blocks.values
-        self.splits, self.split_blocks = num_splits(
-            self.sequences * q.shape[1] * self.value_blocks, k.shape[2], rows
-        )
-        if terrace:
-            self.lag, self.far = 2 * (window // rows) - 1, window // rows + 1
-        else:
-            self.lag, self.far = (window - 2) // rows + 1, max(-(-(window - rows + 1) // rows), 0)
-        self.grid = (self.sequences * self.splits, q.shape[1], self.value_blocks)
-
-    def flags(self, q: Tensor, bounds: Any, window: int, terrace: bool, linear: float, near: float, sinks: int) -> dict:
-        """The kernels' compile-time arguments."""
-        return {
-            "HAS_BOUNDS": bounds is not None, "HAS_WINDOW": near > 0, "HAS_LINEAR": linear > 0,
-            "SINKS": sinks, "WINDOW": window, "TERRACE": terrace, "LAG": self.lag, "FAR": self.far,
-            "DIM": q.shape[-1], "HALF": self.features // 2, "V": self.width, "BV": self.blocks.values,
-            "BT": self.blocks.rows, "PRECISION": self.blocks.precision,
-            "num_warps": self.blocks.warps, "num_stages": self.blocks.stages,
-        }  # fmt: skip
-
-    def past(self, x: Tensor, y: Tensor, maps: Tensor, bounds: Tensor | None, heads: int, **options: Any) -> Any:
-        """What each split starts from; see `past_of_splits`."""
-        return past_of_splits(
-            x, y, cut=self.blocks, maps=maps, heads=heads, features=self.features, splits=self.splits,
-            split_blocks=self.split_blocks, bounds=bounds, **options,
-        )  # fmt: skip
-
-
-def _log(weight: float) -> float:
-    return math.log(weight) if weight > 0 else 0.0
+def _flags(q: Tensor, v: Tensor, bounds: Tensor | None, window: int, terrace: bool, sinks: int) -> dict[str, Any]:
+    """Compile-time arguments that the window kernels share."""
+    cut = Blocks.window(q.dtype, q.shape[-1], v.shape[-1])
+    rows = math.gcd(window, cut.rows) if terrace else cut.rows
+    return {
+        "HAS_BOUNDS": bounds is not None, "SINKS": sinks, "WINDOW": window, "TERRACE": terrace,
+        "LAG": 2 * (window // rows) - 1 if terrace else (window - 2) // rows + 1,
+        "DIM": q.shape[-1], "V": v.shape[-1], "BT": rows, "PRECISION": cut.precision,
+        "num_warps": cut.warps, "num_stages": cut.stages,
+    }  # fmt: skip
 
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _past(q: Tensor, bounds: Tensor | None, window: int, terrace: bool, shift: int) -> tuple[Recurrence, Tensor | None]:
+    """The recurrence between queries and the keys a window before them: both as views, `shift` rows shorter."""
+    if bounds is not None:
+        end = torch.maximum(bounds[:, 2] - shift, bounds[:, 1])
+        bounds = torch.stack([bounds[:, 0], bounds[:, 1], end], 1).contiguous()
+    batch, heads, rows = q.shape[:3]
+    call = Recurrence(batch, heads, rows - shift, window if terrace else None, None, bounds, terrace)
+    return call, bounds
+
+
+def _without_sinks(phi_k: Tensor, bounds: Tensor | None, num_sinks: int) -> Tensor:
+    """Features (B, L, T, F) with those of each sequence's first keys set to zero, in place."""
+    if num_sinks and bounds is None:
+        phi_k[:, :, :num_sinks] = 0
+    elif num_sinks and bounds is not None:
+        places = bounds[:, 1:2].long() + torch.arange(num_sinks, device=phi_k.device)
+        rows, inside = bounds[:, :1].long().expand_as(places), places < bounds[:, 2:]
+        places = torch.where(inside, places, bounds[:, 1:2].long()).clamp(max=phi_k.shape[2] - 1)
+        phi_k.transpose(1, 2)[rows, places] = 0
+    return phi_k
 
 
 @torch.library.custom_op(f"{NAMESPACE}::hybrid_forward", mutates_args=())
@@ -100,34 +98,40 @@ def _forward(
     """Return the output and the log of the denominators (B, H, T)."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, heads, length = q.shape[:3]
-    cut = _Cut(q, k, v, map_q, bounds, window, terrace)
-    fp32: Any = {"dtype": torch.float32, "device": q.device}
-    out = empty_like_heads(q, cut.width, fill=bounds is not None)
-    log_mass = torch.empty(batch, heads, length, **fp32)
-    states, sums = torch.empty(0, **fp32), torch.empty(0, **fp32)
-    if linear_weight > 0 and cut.splits > 1:
-        first = None if state is None or state_sum is None else (state, state_sum)
-        past = cut.past(k, v, map_k, bounds, heads, first=first, shift=-cut.lag, skip=num_sinks)
-        states, sums = past.states, past.sums
-    elif linear_weight > 0 and state is not None and state_sum is not None:
-        states, sums = state[:, None].clone(), state_sum[:, None].clone()
-    kept = states.numel() > 0
-    reserve_descriptors(q.device)
-    hybrid_kernel.hybrid_forward[cut.grid](
-        q, k, v, map_q, map_k, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
-        q if sink_v is None else sink_v, q if bounds is None else bounds, states if kept else log_mass,
-        sums if kept else log_mass, out, log_mass, *_strides(q, k, v, out), heads, heads // k.shape[1],
-        heads // map_k.shape[0], scale, _log(linear_weight), k.shape[2] - length, length, k.shape[2], cut.splits,
-        cut.split_blocks, HAS_STATE=kept, HAS_META=meta is not None,
-        **cut.flags(q, bounds, window, terrace, linear_weight, window_weight, num_sinks),
+    before = k.shape[2] - length
+    out = empty_heads((batch, heads, length, v.shape[-1]), v.dtype, v.device, fill=bounds is not None)
+    log_mass = torch.zeros(batch, heads, length, dtype=torch.float32, device=q.device)
+    mass: Tensor | None = log_mass
+    shift, past = 0, v
+    has_past = linear_weight > 0 and (state is not None or length > window - before)
+    if has_past:
+        shift = window - before if state is None else 0
+        call, inside = _past(q, bounds, window, terrace, shift)
+        rows = max(length - (window - before), 0)
+        phi_q = map_features(q[:, :, shift:], map_q)
+        phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), inside, num_sinks)
+        values, first = v[:, :, :rows], None
+        if state is not None and state_sum is not None:  # keys before the first one in the window are in it already
+            pad, first = (0, 0, length - rows, 0), (state, state_sum)
+            phi_k, values = F.pad(phi_k, pad), F.pad(values, pad)
+        past, mass, *_ = call.run(phi_q, phi_k, values, normalize=True, first=first, want_last=False)
+    assert mass is not None
+    flags = _flags(q, v, bounds, window, terrace, num_sinks)
+    sequences = batch if bounds is None else bounds.shape[0]
+    window_forward[(triton.cdiv(k.shape[2], flags["BT"]), heads, sequences)](
+        q, k, v, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
+        q if sink_v is None else sink_v, past, mass, q if bounds is None else bounds, out, log_mass,
+        *_strides(q, k, v, past, out), heads, heads // k.shape[1], scale,
+        math.log(linear_weight) if linear_weight > 0 else 0.0, before, length, k.shape[2], shift, past.shape[2],
+        HAS_WINDOW=window_weight > 0, HAS_PAST=has_past, HAS_META=meta is not None, **flags,
     )  # fmt: skip
     return out, log_mass
 
 
 @_forward.register_fake
-def _(q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, state, state_sum, bounds, window, terrace, num_sinks, scale, linear_weight, window_weight):  # fmt: skip
+def _(q, k, v, *options):
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    return empty_like_heads(q, v.shape[-1], fill=False), log_mass
+    return empty_heads((*q.shape[:3], v.shape[-1]), v.dtype, v.device, fill=False), log_mass
 
 
 @torch.library.custom_op(f"{NAMESPACE}::hybrid_backward", mutates_args=())
@@ -152,71 +156,108 @@ def _backward(
     linear_weight: float,
     window_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of q, k, v, both maps, log g, and the meta logit, sinks' keys and values (empty where absent)."""
+    """Return gradients of q, k, v, both maps, log g, and the meta logit, sinks' keys and values (empty where absent).
+
+    The past's weights are a_ij = s_i φq_i·φk_j with s_i = λ exp(-log mass_i), and da_ij = s_i (do_i·v_j - D_i).
+    """
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    batch, heads, length = q.shape[:3]
-    cut = _Cut(q, k, v, map_q, bounds, window, terrace, backward=True)
-    dim, width, half, many = q.shape[-1], cut.width, cut.features // 2, cut.grid[0]
-    fp32: Any = {"dtype": torch.float32, "device": q.device}
-    make = torch.empty if bounds is None else torch.zeros
-    d_out = rows_contiguous(d_out)
+    d_out = rows_contiguous(d_out.to(v.dtype))
     inner = row_products(d_out, out)
-    linear = linear_weight > 0
-    through_splits = linear and cut.splits > 1
-    states, sums = inner, inner
-    if through_splits:
-        past = cut.past(k, v, map_k, bounds, heads, shift=-cut.lag, skip=num_sinks)
-        states, sums = past.states, past.sums
-    kind = q.dtype if cut.value_blocks == 1 else torch.float32
-    d_q = make(cut.value_blocks, batch, heads, length, dim, dtype=kind, device=q.device)
-    shared_kind = torch.float32 if k.shape[1] != heads else kind  # heads' gradients are added up
-    d_k = make(cut.value_blocks, batch, heads, length, dim, dtype=shared_kind, device=q.device)
-    d_v = make(batch, heads, length, width, dtype=shared_kind if k.shape[1] != heads else v.dtype, device=q.device)
-    d_maps = [torch.zeros(cut.value_blocks, many, heads, dim, half, **fp32) if linear else inner for _ in range(2)]
-    d_factor = torch.empty(cut.value_blocks, many, heads, **fp32)
-    d_meta = torch.empty(cut.value_blocks, many, heads, **fp32) if meta is not None else inner
-    d_sink_k = torch.empty(cut.value_blocks, many, heads, SINK_ROWS, dim, **fp32) if num_sinks else inner
-    d_sink_v = torch.empty(many, heads, SINK_ROWS, width, **fp32) if num_sinks else inner
-    shared = (
-        *_strides(q, k, v, d_out), heads, heads // k.shape[1], heads // map_k.shape[0], scale, _log(linear_weight),
-        batch * heads * length, 0, length, length, cut.splits, cut.split_blocks,
-    )  # fmt: skip
-    flags = cut.flags(q, bounds, window, terrace, linear_weight, window_weight, num_sinks)
-    at = q if bounds is None else bounds
-    reserve_descriptors(q.device)
-    hybrid_kernel.hybrid_backward_queries[cut.grid](
-        q, k, v, map_q, map_k, log_factor, inner if meta is None else meta, q if sink_k is None else sink_k,
-        q if sink_v is None else sink_v, at, states, sums, d_out, log_mass, inner,
-        d_q, d_maps[0], d_factor, d_meta, d_sink_k, d_sink_v, *shared, HAS_STATE=through_splits, HAS_META=meta is not None, **flags,
-    )  # fmt: skip
-    share = (math.log(linear_weight) - log_mass).clamp(max=60.0).exp() if linear else inner
-    d_states, d_sums = inner, inner
-    if through_splits:
-        past = cut.past(
-            q, d_out, map_q, bounds, heads, weights=(share, -share * inner), reverse=True, shift=cut.lag
+    d_maps = [torch.zeros_like(map_q), torch.zeros_like(map_k)]
+    past: list[Tensor] = []
+    if linear_weight > 0 and q.shape[2] > window:
+        past, d_maps = _past_backward(
+            d_out, log_mass, inner, q, k, v, map_q, map_k, bounds, window, terrace, num_sinks, linear_weight
         )
-        d_states, d_sums = past.states, past.sums
-    hybrid_kernel.hybrid_backward_keys[cut.grid](
-        q, k, v, map_q, map_k, log_factor, at, d_states, d_sums, d_out, log_mass, inner, share,
-        d_k, d_v, d_maps[1], *shared, HAS_STATE=through_splits, **flags,
+    if window_weight > 0:
+        window_grads = _window_backward(
+            d_out, log_mass, inner, q, k, v, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale
+        )
+    else:
+        window_grads = [torch.zeros_like(x) for x in (q, k, v, log_factor)] + [
+            torch.zeros_like(inner[0, 0, :0] if x is None else x) for x in (meta, sink_k, sink_v)
+        ]
+    d_q, d_k, d_v, *others = window_grads
+    if past:
+        for whole, part, rows in zip(
+            (d_q, d_k, d_v), past, (slice(window, None), slice(-window), slice(-window)), strict=True
+        ):
+            whole[:, :, rows] += part
+    return d_q, d_k, d_v, *d_maps, *others  # type: ignore[return-value]
+
+
+def _past_backward(
+    d_out, log_mass, inner, q, k, v, map_q, map_k, bounds, window, terrace, num_sinks, linear_weight
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What the linear past gives q from the window-th on and k and v but for the last window; and to the maps."""
+    call, inside = _past(q, bounds, window, terrace, window)
+    rows = q.shape[2] - window
+    log_mass, inner, d_out = log_mass[:, :, window:], inner[:, :, window:], d_out[:, :, window:]
+    queries, keys, values = q[:, :, window:], k[:, :, :rows], v[:, :, :rows]
+    share = (math.log(linear_weight) - log_mass).clamp(max=60.0).exp()
+    extra = -share * inner
+    phi_q = map_features(queries, map_q)
+    phi_k = _without_sinks(map_features(keys, map_k), inside, num_sinks)
+    d_phi_q, *_ = call.run(d_out, values, phi_k, weight=("x", share), extra=("x", extra), want_last=False)
+    d_phi_k, *_ = call.run(
+        values, d_out, phi_q, reverse=True, weight=("y", share), extra=("y", extra), want_last=False,
+        shared=len(map_k) != call.heads,
     )  # fmt: skip
+    d_v, *_ = call.run(
+        phi_k, phi_q, d_out, reverse=True, weight=("y", share), want_last=False, shared=v.shape[1] != call.heads
+    )
+    d_q, d_map_q = map_gradient(queries, map_q, d_phi_q)
+    d_phi_k = _without_sinks(over_groups(d_phi_k, phi_k), inside, num_sinks)
+    d_k, d_map_k = map_gradient(keys, map_k, d_phi_k)
+    return [d_q, d_k, over_groups(d_v, v)], [d_map_q, d_map_k]
+
+
+def _window_backward(
+    d_out, log_mass, inner, q, k, v, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale
+) -> list[Tensor]:
+    """What the window gives q, k, v, log g, the meta logit, and the sinks' keys and values."""
+    batch, heads, length = q.shape[:3]
+    dim, width = q.shape[-1], v.shape[-1]
+    fp32: Any = {"dtype": torch.float32, "device": q.device}
+    flags = _flags(q, v, bounds, window, terrace, num_sinks)
+    sequences = batch if bounds is None else bounds.shape[0]
+    num_blocks = triton.cdiv(length, flags["BT"])
+    blocks_each = BLOCKS_EACH if num_sinks else 1
+    programs = triton.cdiv(num_blocks, blocks_each)
+    make = torch.empty if bounds is None else torch.zeros
+    kind = torch.float32 if k.shape[1] != heads else k.dtype  # heads' gradients are added up
+    d_q = make(batch, heads, length, dim, dtype=q.dtype, device=q.device)
+    d_k = make(batch, heads, length, dim, dtype=kind, device=q.device)
+    d_v = make(batch, heads, length, width, dtype=kind, device=q.device)
+    d_factor = torch.empty(sequences, programs, heads, **fp32)
+    d_meta = d_factor if meta is None else torch.empty_like(d_factor)
+    d_sink_k = torch.empty(sequences, programs, heads, SINK_ROWS, dim, **fp32) if num_sinks else inner
+    d_sink_v = torch.empty(sequences, programs, heads, SINK_ROWS, width, **fp32) if num_sinks else inner
+    at = q if bounds is None else bounds
+    shared = (*_strides(q, k, v, d_out), heads, heads // k.shape[1], scale, length)
+    window_backward_queries[(programs, heads, sequences)](
+        q, k, v, log_factor, inner if meta is None else meta, q if sink_k is None else sink_k,
+        q if sink_v is None else sink_v, at, d_out, log_mass, inner, d_q, d_factor, d_meta, d_sink_k, d_sink_v,
+        *shared, blocks_each, HAS_META=meta is not None, **flags,
+    )  # fmt: skip
+    flags.pop("SINKS")
+    window_backward_keys[(num_blocks, heads, sequences)](
+        q, k, v, log_factor, at, d_out, log_mass, inner, d_k, d_v, *shared, **flags
+    )
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
-    over_splits = lambda x: x.unflatten(0, (cut.sequences, cut.splits)).sum(1)  # noqa: E731
-    return (
-        over_value_blocks(d_q, q),
-        over_groups(over_value_blocks(d_k, d_v), k),
+    return [
+        d_q,
+        over_groups(d_k, k),
         over_groups(d_v, v),
-        over_groups(d_maps[0].sum((0, 1))[None], map_q[None])[0] if linear else torch.zeros_like(map_q),
-        over_groups(d_maps[1].sum((0, 1))[None], map_k[None])[0] if linear else torch.zeros_like(map_k),
         d_factor.sum((0, 1)),
         nothing() if meta is None else d_meta.sum((0, 1)),
-        nothing() if sink_k is None else over_groups(over_splits(d_sink_k.sum(0)), sink_k),
-        nothing() if sink_v is None else over_groups(over_splits(d_sink_v), sink_v),
-    )
+        nothing() if sink_k is None else over_groups(d_sink_k.sum(1), sink_k),
+        nothing() if sink_v is None else over_groups(d_sink_v.sum(1), sink_v),
+    ]
 
 
 @_backward.register_fake
-def _(d_out, out, log_mass, q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale, linear_weight, window_weight):  # fmt: skip
+def _(d_out, out, log_mass, q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, *options):
     def like(x: Tensor | None) -> Tensor:
         return torch.empty(0, device=q.device) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
@@ -224,9 +265,8 @@ def _(d_out, out, log_mass, q, k, v, map_q, map_k, log_factor, meta, sink_k, sin
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors, options = inputs[:9], inputs[12:]
-    ctx.save_for_backward(*tensors, inputs[11], *output)
-    ctx.options = options
+    ctx.save_for_backward(*inputs[:9], inputs[11], *output)
+    ctx.options = inputs[12:]
 
 
 def _differentiate(ctx: Any, d_out: Tensor, *_: Any) -> tuple:
@@ -237,6 +277,22 @@ def _differentiate(ctx: Any, d_out: Tensor, *_: Any) -> tuple:
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+def unsupported(
+    q: Tensor, v: Tensor, feature_map_q: Tensor, window_size: int, terrace: bool = False, num_sinks: int = 0
+) -> str | None:
+    """Why the kernels cannot take a shape; None if they can."""
+    dims = {"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]}
+    if reason := refuse_dims(**dims):
+        return reason
+    if terrace and window_size not in TERRACES:
+        return f"the Triton kernels take terraces of {TERRACES}, got {window_size}"
+    if not 1 <= window_size <= LONGEST_WINDOW:
+        return f"the Triton kernels take windows from 1 to {LONGEST_WINDOW}, got {window_size}"
+    if num_sinks > SINK_ROWS:
+        return f"the Triton kernels take at most {SINK_ROWS} sinks, got {num_sinks}"
+    return None
 
 
 def hybrid_attention(
@@ -263,26 +319,23 @@ def hybrid_attention(
     Raises:
         ValueError: on other dims or windows, naming them.
     """
-    check_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]})
-    if not 1 <= window_size <= LONGEST_WINDOW or (terrace and window_size % 16):
-        kind = "multiples of 16" if terrace else "sizes"
-        raise ValueError(f"the Triton kernels take windows of {kind} from 1 to {LONGEST_WINDOW}, got {window_size}")
-    if num_sinks > SINK_ROWS:
-        raise ValueError(f"the Triton kernels take at most {SINK_ROWS} sinks, got {num_sinks}")
+    if reason := unsupported(q, v, feature_map_q, window_size, terrace, num_sinks):
+        raise ValueError(reason)
     maps = [x.to(q.dtype).contiguous() for x in (feature_map_q, feature_map_k)]
     if bounds is not None:
         bounds = bounds.to(device=q.device, dtype=torch.int32).contiguous()
-    sinks = (None, None)
-    if num_sinks:
+    sinks: tuple[Tensor | None, Tensor | None] = (None, None)
+    if num_sinks and window_weight > 0:
         sinks = (_first_keys(k, bounds, num_sinks), _first_keys(v, bounds, num_sinks))
     first: tuple[Tensor | None, Tensor | None] = (None, None)
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *maps))
+    if trained and (state is not None or k.shape[2] != q.shape[2]):
+        raise ValueError("hybrid attention cannot be trained from a state on: no gradient would reach what made it")
     if state is not None:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *maps)):
-            raise ValueError("hybrid attention cannot be trained from a state on: no gradient would reach what made it")
-        first = tuple(  # type: ignore[assignment]
-            _query_heads(x, q.shape[1]) for x in (state[..., :-1].float(), state[..., -1].float())
-        )
-    log_factor = window_factor.float().log() + _log(window_weight)
+        group = q.shape[1] // state.shape[1]
+        whole = state.float().repeat_interleave(group, 1)
+        first = (whole[..., :-1].mT.contiguous(), whole[..., -1].contiguous())
+    log_factor = window_factor.float().log() + (math.log(window_weight) if window_weight > 0 else 0.0)
     out, *_ = _forward(
         q, k, v, *maps, log_factor, None if meta_logit is None else meta_logit.float().contiguous(), *sinks, *first,
         bounds, window_size, terrace, num_sinks, float(scale), float(linear_weight), float(window_weight),
@@ -290,11 +343,6 @@ def hybrid_attention(
     if not return_state:
         return out, None
     return out, _state_after(k, v, maps[1], state, bounds, window_size, num_sinks)
-
-
-def _query_heads(state: Tensor, heads: int) -> Tensor:
-    """(N, L, F, ...) states of key maps for each query head."""
-    return state.repeat_interleave(heads // state.shape[1], 1).contiguous()
 
 
 def _first_keys(x: Tensor, bounds: Tensor | None, count: int) -> Tensor:
@@ -312,13 +360,16 @@ def _state_after(
     k: Tensor, v: Tensor, map_k: Tensor, state: Tensor | None, bounds: Tensor | None, window: int, num_sinks: int
 ) -> Tensor:
     """(N, L, F, D + 1): all keys but each sequence's last window - 1, and its sinks."""
-    heads, features = map_k.shape[0], 2 * map_k.shape[-1]
-    cut = Blocks.hybrid(k.dtype, features, v.shape[-1], backward=False)
+    heads, rows = len(map_k), max(k.shape[2] - (window - 1), 0)
     sequences = len(k) if bounds is None else bounds.shape[0]
-    splits, split_blocks = num_splits(sequences * heads * (v.shape[-1] // cut.values), k.shape[2], cut.rows)
-    first = None if state is None else (state[..., :-1].float().contiguous(), state[..., -1].float().contiguous())
-    past = past_of_splits(
-        k, v, cut=cut, maps=map_k, heads=heads, features=features, splits=splits, split_blocks=split_blocks,
-        bounds=bounds, first=first, skip=num_sinks, limit=window - 1,
-    )  # fmt: skip
-    return torch.cat([past.last_state, past.last_sum[..., None]], -1)
+    shape = (sequences, heads, 2 * map_k.shape[-1], v.shape[-1] + 1)
+    if rows == 0:
+        return torch.zeros(shape, device=k.device) if state is None else state
+    k, v = rows_contiguous(k), rows_contiguous(v)
+    call, inside = _past(k[:, :1].expand(-1, heads, -1, -1), bounds, window, False, window - 1)
+    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), inside, num_sinks)
+    first = None
+    if state is not None:
+        first = (state[..., :-1].mT.float().contiguous(), state[..., -1].float().contiguous())
+    _, _, last, last_sum = call.run(phi_k, phi_k, v[:, :, :rows], normalize=True, first=first)
+    return torch.cat([last.mT, last_sum[..., None]], -1)

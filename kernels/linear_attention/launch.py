@@ -1,7 +1,7 @@
-"""What the launchers of the chunked kernels share: block sizes, splits, states of splits, and the library of operations.
+"""What the launchers of the chunked kernels share: block sizes, splits, layouts, and the names of operations.
 
-Operations are registered with torch.library, so that torch.compile keeps them as single nodes. Their namespace carries a
-hash of these sources: a checkpoint brings its own copy of them, which may differ from the installed one.
+Operations are registered with torch.library, so that torch.compile keeps them as single nodes. Their namespace carries
+a hash of these sources: a checkpoint brings its own copy of them, which may differ from the installed one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kit.kernels.linear_attention.blocks import multiply_rows, scan_states, split_states, triton
+from kit.kernels.linear_attention.blocks import multiply_rows, scan_states, triton
 
-STATE_NUMBERS = 16384  # of a state's fp32 numbers, held in one program's registers
 SLOTS = 264  # programs that an H100 or H200 runs at a time: two on each of its 132 multiprocessors
 
 
-def namespace(*files: str) -> str:
-    """Name for torch.library: `kit_` and a hash of source files."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(Path(file).read_bytes())
-    return f"kit_{digest.hexdigest()[:12]}"
+def namespace(file: str, *functions: Any) -> str:
+    """Name for torch.library: `kit_` and a hash of a file and of those that define some functions or kernels."""
+    files = sorted({file, *(getattr(function, "fn", function).__code__.co_filename for function in functions)})
+    return "kit_" + hashlib.sha256(b"".join(Path(name).read_bytes() for name in files)).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -46,25 +43,19 @@ class Blocks:
         return cls(64, min(values, 64), 4 if keys <= 128 else 8, 2, "tf32")
 
     @classmethod
-    def hybrid(cls, dtype: torch.dtype, features: int, values: int, *, backward: bool) -> Blocks:
-        """The cut of hybrid attention with a state of (features, values)."""
+    def window(cls, dtype: torch.dtype, dim: int, values: int) -> Blocks:
+        """The cut of a softmax window; `values` counts nothing here."""
         if dtype == torch.float32:
-            return cls(16, min(values, 32), 4, 1, "ieee")
-        if backward:
-            columns = min(values, max(STATE_NUMBERS // features, 16))
-            return cls(32, columns, 8 if features * columns > STATE_NUMBERS // 2 else 4, 1, "tf32")
-        return cls(64, min(values, 64), 4 if features <= 128 else 8, 1, "tf32")
+            return cls(16, values, 4, 1, "ieee")
+        return cls(64, values, 4 if max(dim, values) <= 128 else 8, 1, "tf32")
 
 
-def check_dims(**dims: int) -> None:
-    """Refuse dims that the kernels have no tiles for.
-
-    Raises:
-        ValueError: naming the dim.
-    """
+def refuse_dims(**dims: int) -> str | None:
+    """Why the kernels have no tiles for some dims, naming the first of those; None if they have."""
     for name, size in dims.items():
         if size not in (32, 64, 128, 256):
-            raise ValueError(f"the Triton kernels take a {name} of 32, 64, 128 or 256, got {size}")
+            return f"the Triton kernels take a {name} of 32, 64, 128 or 256, got {size}"
+    return None
 
 
 def num_splits(programs: int, length: int, rows: int) -> tuple[int, int]:
@@ -80,99 +71,17 @@ def num_splits(programs: int, length: int, rows: int) -> tuple[int, int]:
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """The tensor, with its last dimension's numbers side by side and rows that the bulk copy engine can address."""
+    """The tensor, with its last dimension's numbers side by side and rows at whole vectors."""
     size = x.element_size()
     aligned = all(stride * size % 16 == 0 for stride in x.stride()[:-1]) and x.data_ptr() % 16 == 0
     return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def reserve_descriptors(device: torch.device) -> None:
-    """Let kernels make tensor descriptors: Triton asks for the memory at launch."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, device=device, dtype=torch.int8))
-
-
-def empty_like_heads(x: Tensor, width: int, fill: bool) -> Tensor:
-    """An output (B, H, T, width) laid out (B, T, H, width), as projections want it; zeros if padding stays unwritten."""
-    batch, heads, length = x.shape[:3]
+def empty_heads(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, fill: bool) -> Tensor:
+    """An output (B, H, T, V) laid out (B, T, H, V), as projections want it; zeros if padding stays unwritten."""
+    batch, heads, rows, width = shape
     make = torch.zeros if fill else torch.empty
-    return make(batch, length, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
-
-
-@dataclass
-class Past:
-    """What each split starts from: (N, splits, H, F, V) and (N, splits, H, F), fp32; the same after the last, (N, H, ...)."""
-
-    states: Tensor
-    sums: Tensor
-    last_state: Tensor
-    last_sum: Tensor
-
-
-def past_of_splits(
-    x: Tensor,
-    y: Tensor,
-    *,
-    cut: Blocks,
-    maps: Tensor | None,
-    heads: int,
-    features: int,
-    splits: int,
-    split_blocks: int,
-    bounds: Tensor | None,
-    first: tuple[Tensor, Tensor] | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
-    reverse: bool = False,
-    shift: int = 0,
-    skip: int = 0,
-    limit: int = 0,
-    num_keys: int | None = None,
-) -> Past:
-    """Sum what splits leave behind and scan it. Arguments as `split_states`; `weights` is (row_weight, extra)."""
-    sequences = x.shape[0] if bounds is None else bounds.shape[0]
-    dim, width = x.shape[-1], y.shape[-1]
-    fp32: Any = {"dtype": torch.float32, "device": x.device}
-    states = torch.empty(sequences, splits, heads, features, width, **fp32)
-    sums = torch.empty(sequences, splits, heads, features, **fp32)
-    row_weight, extra = weights or (sums, sums)
-    split_states[(sequences * splits, heads, width // cut.values)](
-        x,
-        y,
-        row_weight,
-        extra,
-        x if maps is None else maps,
-        x if bounds is None else bounds,
-        states,
-        sums,
-        *x.stride()[:3],
-        *y.stride()[:3],
-        heads,
-        heads // x.shape[1],
-        heads // y.shape[1],
-        1 if maps is None else heads // maps.shape[0],
-        x.shape[2] if num_keys is None else num_keys,
-        x.shape[2],
-        splits,
-        split_blocks,
-        shift,
-        skip,
-        limit,
-        HAS_BOUNDS=bounds is not None,
-        HAS_MAP=maps is not None,
-        HAS_WEIGHT=weights is not None,
-        DIM=dim,
-        HALF=features // 2,
-        V=width,
-        BV=cut.values,
-        BT=cut.rows,
-        PRECISION=cut.precision,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
-    last_state = torch.empty(sequences, heads, features, width, **fp32)
-    last_sum = torch.empty(sequences, heads, features, **fp32)
-    for part, last, number in ((states, last_state, 0), (sums, last_sum, 1)):
-        scan(part, None, None if first is None else first[number], last, reverse)
-    return Past(states, sums, last_state, last_sum)
+    return make(batch, rows, heads, width, dtype=dtype, device=device).transpose(1, 2)
 
 
 def scan(parts: Tensor, decays: Tensor | None, first: Tensor | None, last: Tensor, reverse: bool) -> None:

@@ -2,11 +2,11 @@
 
     out_i = ρ_i Σ_j D_ij (x_i·y_j) z_j,       D_ij the decay between i and j, over j ≤ i, or backwards over j ≥ i
 
-is y for (x, y, z) = (q, k, v); dq for (do, v, k); and, backwards, dk for (v, do, q) and dv for (k, q, do). So the gradients
-are as exact and as fast as the forward pass, and nothing quadratic or F·V wide a token is ever stored.
+is y for (x, y, z) = (q, k, v); dq for (do, v, k); and, backwards, dk for (v, do, q) and dv for (k, q, do). So the
+gradients are as exact and as fast as the forward pass, and nothing quadratic or F·V wide a token is ever stored.
 
-A program walks over the blocks of one split of a sequence with its columns of the state, Σ D z_j y_jᵀ, in registers. All
-products are transposed, so that the state is an operand without going through shared memory.
+A program walks over the blocks of one split of a sequence with its columns of the state, Σ D z_j y_jᵀ, in registers.
+All products are transposed, so that the state is an operand without going through shared memory.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def gate_gradient(
 ):
     """Put the parts of dlog_gate_t = Σ_{i≥t, j<t} A_ij dA_ij together, a block at a time.
 
-    `rows_q` (terms, B, H, T): queries of the block with earlier keys, which count from t on. `rows_k`: keys of the block
-    with later queries, which count up to t. `pairs`: row sums less column sums of A dA within the block, of which a suffix
-    is all pairs around t. `across` (terms, N, kept, H): earlier keys with later queries, for every second block; the next
-    one's follows from it. No sum is longer than two blocks, so rounding does not build up with T.
+    `rows_q` (terms, B, H, T): queries of the block with earlier keys, which count from t on. `rows_k`: keys of the
+    block with later queries, which count up to t. `pairs`: row sums less column sums of A dA within the block, of which
+    a suffix is all pairs around t. `across` (terms, N, kept, H): earlier keys with later queries, for every second
+    block; the next one's follows from it. No sum is longer than two blocks, so rounding does not build up with T.
     """
     head = tl.program_id(1)
     row, start, end, block = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
@@ -140,6 +140,7 @@ def recurrence(
     HAS_BOUNDS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    TERRACE: tl.constexpr,
     STATE_ONLY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -156,13 +157,15 @@ def recurrence(
     """One split of one head, BV columns of z. Shapes in gated_ops.py; K = 2·HALF features of x and y, V columns of z.
 
     Options:
+        TERRACE: queries do not see keys of their own block.
         SKIP_END: the last split adds nothing: nobody asks for the state after it.
         STATE_ONLY: no outputs, only what the split adds to the state (`states`, `sums`).
         NORMALIZE: divide by `mass`, the same sum with z = 1, and store it.
         WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
         EXTRA: `extra` e (B, H, T) adds to the products: e_i z_j for queries ("x"), e_j z_j for keys ("y").
-        GATE_TERMS: parts of the gate's gradient: "q", "k": `row_products`, companion_i · (out_i less what the block's own
-            keys give); "q" also keeps the state that each block starts from; "v": `pairs` and `across`.
+        GATE_TERMS: parts of the gate's gradient. "q", "k": `row_products`, companion_i · (out_i less what the block's
+            own keys give); "q" also keeps the state that every second block starts from (`block_states`,
+            `block_sums`), of which "k" makes `across`. "v": `pairs`.
     """
     value_block = tl.program_id(0)
     head = tl.program_id(1)
@@ -251,6 +254,8 @@ def recurrence(
                 seen = index[:, None] <= index[None, :]
             if MASKED:
                 seen = seen & ok[:, None]
+            if TERRACE:
+                seen = seen & (index[:, None] < 0)
             # keys x queries
             products = tl.dot(y1, tl.trans(x1), dot(y0, tl.trans(x0), PRECISION), input_precision=PRECISION)
             a = products

@@ -127,15 +127,14 @@ def _each_sequence(q, k, v, maps, weights, options, bounds: Tensor) -> tuple[Ten
     """Attend in one sequence after the other: what counts from a sequence's start, counts from each one's own."""
     out, states = torch.zeros(*q.shape[:3], v.shape[-1], dtype=_precise(v), device=q.device), []
     for row, start, end in bounds.tolist():
-        part = (x[row : row + 1, :, start:end] for x in (q, k, v))
-        out[row, :, start:end], state = (x for x in _sequences(*part, maps, weights, options, None, None, None))
+        q_n, k_n, v_n = (x[row : row + 1, :, start:end] for x in (q, k, v))
+        part, state = _sequences(q_n, k_n, v_n, maps, weights, options, None, None, None)
+        out[row, :, start:end] = part[0]
         states.append(state)
     return out, lambda: torch.cat([state() for state in states])
 
 
-def _sequences(
-    q, k, v, maps, weights, options, state, key_mask, segment_ids
-) -> tuple[Tensor, Callable[[], Tensor]]:
+def _sequences(q, k, v, maps, weights, options, state, key_mask, segment_ids) -> tuple[Tensor, Callable[[], Tensor]]:
     """Attend in a batch; also return what computes the state after it."""
     num_queries, num_keys, window_size = q.shape[2], k.shape[2], options["window_size"]
     if not num_queries:

@@ -22,9 +22,12 @@ def make(heads=3, kv_heads=1, map_heads=None, length=40, seed=0, spread=1.0):
     }
 
 
-def quadratic(x, window=W, scale=D**-0.5, linear=1.0, window_weight=1.0, key_mask=None, segments=None):
+def quadratic(
+    x, window=W, scale=D**-0.5, linear=1.0, window_weight=1.0, key_mask=None, segments=None, terrace=False, sinks=0
+):
     """Equation 7, one query and one head at a time, float64; the weights are kept as logarithms."""
     x = {name: t.double() for name, t in x.items()}
+    meta = x.get("meta_logit")
     batch, heads, length, dim = x["q"].shape
     rep, rep_map = heads // x["k"].shape[1], heads // x["feature_map_k"].shape[0]
     out = torch.zeros(batch, heads, length, dim, dtype=torch.float64)
@@ -39,13 +42,22 @@ def quadratic(x, window=W, scale=D**-0.5, linear=1.0, window_weight=1.0, key_mas
                 if key_mask is not None and not key_mask[b, i]:
                     continue
                 log_weights, values = [], []
+                seen = [j for j in range(i + 1) if key_mask is None or key_mask[b, j]]
+                seen = [j for j in seen if segments is None or segments[b, i] == segments[b, j]]
+                first = seen[0]
+                if meta is not None:
+                    log_weights.append((window_weight * x["window_factor"][h]).log() + meta[h])
+                    values.append(torch.zeros(dim, dtype=torch.float64))
                 for j in range(i + 1):
                     if key_mask is not None and not key_mask[b, j]:
                         continue
                     if segments is not None and segments[b, i] != segments[b, j]:
                         continue
                     q, k, v = x["q"][b, h, i], x["k"][b, h // rep, j], x["v"][b, h // rep, j]
-                    if i - j < window:
+                    near = i - j < window
+                    if terrace:
+                        near = (i - first) // window - (j - first) // window <= 1
+                    if near or j - first < sinks:
                         log_weights.append((window_weight * x["window_factor"][h]).log() + scale * (q @ k))
                     else:
                         similarity = phi(q, x["feature_map_q"][h]) @ phi(k, x["feature_map_k"][h // rep_map])
@@ -85,6 +97,32 @@ def test_packed_sequences_do_not_see_each_other(length):
     )
     got = run(x, segment_ids=segments)[0]
     torch.testing.assert_close(got.double(), quadratic(x, segments=segments), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("options", [{"num_sinks": 3}, {"terrace": True}, {"terrace": True, "num_sinks": 3}, {}])
+@pytest.mark.parametrize("batch", ["whole", "padded", "packed"])
+def test_sinks_terraces_and_meta_logits_equal_the_equation(options, batch):
+    x = {
+        **make(heads=6, kv_heads=2, length=37),
+        "meta_logit": torch.randn(6, generator=torch.Generator().manual_seed(3)),
+    }
+    masks, truth = {}, {"terrace": options.get("terrace", False), "sinks": options.get("num_sinks", 0)}
+    if batch == "padded":
+        masks["key_mask"] = torch.arange(37) >= torch.tensor([[0], [11]])
+        truth["key_mask"] = masks["key_mask"]
+    if batch == "packed":
+        truth["segments"] = masks["segment_ids"] = torch.arange(37).expand(B, -1) // torch.tensor([[17], [23]])
+    got = run(x, **options, **masks)[0]
+    torch.testing.assert_close(got.double(), quadratic(x, **truth), atol=2e-6, rtol=2e-5)
+
+
+def test_gradcheck_of_the_specification():
+    x = {**make(heads=2, length=2 * W + 3), "meta_logit": torch.zeros(2)}
+    names = list(x)
+    inputs = [t[:1] if name in "qkv" else t for name, t in x.items()]
+    inputs = [t.double().requires_grad_() for t in inputs]
+    call = lambda *values: run(dict(zip(names, values, strict=True)), num_sinks=2)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("cuts", [[40], [1] * 40, [3, 20, 1, 16], [8, 8, 8, 16], [7, 1, 9, 23]])

@@ -1,0 +1,178 @@
+"""Which implementation an operation of linear attention runs on.
+
+`backend` is None to choose, "triton" to insist (an error says what the kernels cannot take), or "reference".
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kit.kernels.linear_attention.gated_reference import channel_gated_linear_attention as channel_gated_reference
+from kit.kernels.linear_attention.gated_reference import gated_delta_rule as delta_rule_reference
+from kit.kernels.linear_attention.gated_reference import gated_linear_attention as gated_reference
+from kit.kernels.linear_attention.reference import hybrid_attention as hybrid_reference
+from kit.kernels.linear_attention.reference import sequence_bounds
+
+
+@functools.cache
+def _triton() -> SimpleNamespace | None:
+    """The Triton operations, or None where Triton is not installed."""
+    try:
+        from kit.kernels.linear_attention.gated_ops import gated_linear_attention as gated
+        from kit.kernels.linear_attention.gated_ops import unsupported as gated_unsupported
+        from kit.kernels.linear_attention.hybrid_ops import hybrid_attention as hybrid
+        from kit.kernels.linear_attention.hybrid_ops import unsupported as hybrid_unsupported
+    except ImportError:
+        return None
+    return SimpleNamespace(
+        gated=gated, gated_unsupported=gated_unsupported, hybrid=hybrid, hybrid_unsupported=hybrid_unsupported
+    )
+
+
+def _chosen(backend: str | None, v: Tensor) -> SimpleNamespace | None:
+    """The Triton operations if they are to be used on a device and dtype.
+
+    Raises:
+        ValueError: on an unknown backend.
+        ImportError: if Triton is asked for and not installed.
+    """
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend is None, 'triton' or 'reference', got {backend!r}")
+    if backend == "triton":
+        if _triton() is None:
+            raise ImportError("backend='triton' needs Triton, which is not installed here")
+        return _triton()
+    return _triton() if backend is None and v.is_cuda and v.dtype == torch.bfloat16 else None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"{reason}; the PyTorch path is taken, which is slower", stacklevel=3)
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map_q: Tensor,
+    feature_map_k: Tensor,
+    window_factor: Tensor,
+    *,
+    window_size: int,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to a softmax window and a linear past; `reference.hybrid_attention` has the equation and all options.
+
+    Triton takes calls of more queries than the window holds, head and feature dims of 32, 64, 128 or 256, and masks
+    with padding only before or after a row's tokens.
+
+    Raises:
+        ValueError: on shapes that do not fit, or that `backend="triton"` cannot take, naming them.
+    """
+    ops = _chosen(backend, v)
+    shapes = (q, v, feature_map_q, window_size, options.get("terrace", False), options.get("num_sinks", 0))
+    if ops is not None and backend is None:
+        reason = ops.hybrid_unsupported(*shapes)
+        if reason:
+            _warn_once(reason)
+        if reason or q.shape[2] <= window_size:
+            ops = None
+    maps = (feature_map_q, feature_map_k, window_factor)
+    if ops is None:
+        return hybrid_reference(
+            q, k, v, *maps, window_size=window_size, key_mask=key_mask, segment_ids=segment_ids, **options
+        )
+    bounds = None if key_mask is None and segment_ids is None else _bounds(key_mask, segment_ids)
+    return ops.hybrid(q.to(v.dtype), k.to(v.dtype), v, *maps, window_size=window_size, bounds=bounds, **options)
+
+
+_known_bounds: list[tuple[Any, int, Tensor]] = []  # of the last mask: every layer of a model asks for the same
+
+
+def _bounds(key_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+    mask = key_mask if key_mask is not None else segment_ids
+    assert mask is not None
+    if _known_bounds and _known_bounds[0][0]() is mask and _known_bounds[0][1] == mask._version:
+        return _known_bounds[0][2]
+    bounds = sequence_bounds(key_mask, segment_ids)
+    _known_bounds[:] = [(weakref.ref(mask), mask._version, bounds)]
+    return bounds
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor | None = None,
+    feature_map_q: Tensor | None = None,
+    feature_map_k: Tensor | None = None,
+    *,
+    backend: str | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend through a decaying state; `gated_reference.gated_linear_attention` has the equation and all options.
+
+    Raises:
+        ValueError: on shapes that `backend="triton"` cannot take, naming them.
+    """
+    ops = _chosen(backend, v)
+    if ops is not None and backend is None and (reason := ops.gated_unsupported(q, v, feature_map_q)):
+        _warn_once(reason)
+        ops = None
+    if ops is None:
+        return gated_reference(q, k, v, log_gate, feature_map_q, feature_map_k, **options)
+    return ops.gated(q.to(v.dtype), k.to(v.dtype), v, log_gate, feature_map_q, feature_map_k, **options)
+
+
+def channel_gated_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, *, scale: float = 1.0, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gated linear attention with a gate for each channel of k, as in `gated_reference`.
+
+    On CUDA it is flash-linear-attention's kernel where that library is installed, PyTorch elsewhere.
+    """
+    if v.is_cuda:
+        try:
+            from fla.ops.gla import chunk_gla
+        except ImportError:
+            chunk_gla = None
+        if chunk_gla is not None:
+            q, k, v, log_gate = (x.transpose(1, 2) for x in (q, k, v, log_gate))
+            out, last = chunk_gla(q, k, v, log_gate, scale=scale, initial_state=state, output_final_state=True)
+            return out.transpose(1, 2), last
+    return channel_gated_reference(q, k, v, log_gate, scale=scale, state=state)
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_gate: Tensor,
+    *,
+    scale: float = 1.0,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gated delta rule, as in `gated_reference`; flash-linear-attention's kernel on CUDA where it is installed."""
+    if v.is_cuda:
+        try:
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        except ImportError:
+            chunk_gated_delta_rule = None
+        if chunk_gated_delta_rule is not None:
+            q, k, v, beta, log_gate = (x.transpose(1, 2) for x in (q, k, v, beta, log_gate))
+            out, last = chunk_gated_delta_rule(
+                q, k, v, g=log_gate, beta=beta, scale=scale, initial_state=state, output_final_state=True
+            )
+            return out.transpose(1, 2), last
+    return delta_rule_reference(q, k, v, beta, log_gate, scale=scale, state=state)

@@ -1,0 +1,321 @@
+"""The Triton kernels against the float64 specification: outputs, states and every gradient.
+
+Without a GPU they run in Triton's interpreter, in fp32 and at small sizes. With one, `pytest tests/kernels` compiles
+them, and the cases at the end run in bf16 at full size.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kit.kernels.linear_attention import dispatch, gated_reference, reference, sequence_bounds
+from kit.kernels.linear_attention.decode_ops import HybridState, gated_step, hybrid_step
+from kit.kernels.linear_attention.gated_ops import gated_linear_attention
+from kit.kernels.linear_attention.hybrid_ops import hybrid_attention
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter")
+needs_gpu = pytest.mark.skipif(not GPU, reason="bf16 at full size needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nobody has written reads as NaN."""
+    empty = torch.empty
+
+    def fill(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", fill)
+
+
+def relative(got, want):
+    got, want = got.detach().cpu().double(), want.detach().double()
+    size = want.norm()
+    return float((got - want).norm() / size) if size > 1e-9 else float(got.norm())
+
+
+def compare(ours, theirs, inputs, options, dtype, *, grad=True, trained=None):
+    """Relative errors of the output, the state and all gradients, ours in a dtype on the device, theirs in float64."""
+    generator = torch.Generator().manual_seed(9)
+    low = {n: t.to(dtype) if n in ("q", "k", "v") else t for n, t in inputs.items()}
+    if dtype != torch.float32:
+        low |= {n: t.to(dtype) for n, t in inputs.items() if n.startswith("feature_map")}
+    a = {n: t.to(DEVICE).requires_grad_(grad) for n, t in low.items()}
+    b = {n: t.double().requires_grad_(grad) for n, t in low.items()}
+    place = lambda o, kind: {n: v.to(kind) if isinstance(v, torch.Tensor) else v for n, v in o.items()}  # noqa: E731
+    out, state = ours(**a, **place(options[0], DEVICE))
+    want, want_state = theirs(**b, **options[1])
+    errors = {"out": relative(out, want)}
+    weights = torch.randn(want.shape, generator=generator).to(dtype)
+    loss, want_loss = (out.float() * weights.to(DEVICE)).sum(), (want * weights.double()).sum()
+    if want_state is not None:
+        errors["state"] = relative(state, want_state)
+        weights = torch.randn(want_state.shape, generator=generator) * 0.1
+        if state.requires_grad:
+            loss, want_loss = loss + (state * weights.to(DEVICE)).sum(), want_loss + (want_state * weights).sum()
+    if grad:
+        grads = (torch.autograd.grad(x, list(y.values()), allow_unused=True) for x, y in ((loss, a), (want_loss, b)))
+        for name, got, truth in zip(a, *grads, strict=True):
+            unused = torch.zeros_like(b[name])
+            errors[name] = relative(unused if got is None else got, unused if truth is None else truth)
+    return errors
+
+
+def gated_inputs(batch=2, heads=2, kv_heads=1, length=50, dim=32, width=32, half=None, gate=1.0, state=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    x = {
+        "q": r(batch, heads, length, dim),
+        "k": r(batch, kv_heads, length, dim),
+        "v": r(batch, kv_heads, length, width),
+    }
+    if half:
+        x |= {"q": x["q"] * 0.7, "k": x["k"] * 0.7}
+        x |= {"feature_map_q": r(heads, dim, half) * 0.3, "feature_map_k": r(kv_heads, dim, half) * 0.3}
+    else:
+        x |= {n: x[n].abs() * 0.3 + 0.01 for n in "qk"}
+    if gate:
+        x["log_gate"] = -gate * torch.rand(batch, heads, length, generator=g) ** 2
+    if state:
+        features = 2 * half if half else dim
+        sums = r(state, heads, features, 1).abs() * features
+        x["state"] = torch.cat([r(state, heads, features, width), sums], -1)
+    return x
+
+
+GATED = {
+    "no gate, no denominator": ({"gate": 0, "length": 37}, {"normalize": False, "scale": 0.5}),
+    "one token": ({"length": 1}, {}),
+    "gates": ({}, {"normalize": False}),
+    "denominator": ({"gate": 0}, {"return_state": True}),
+    "gates, denominator and state": ({"state": 2}, {"return_state": True}),
+    "strong gates": ({"gate": 20.0, "length": 70}, {}),
+    "maps": ({"half": 16, "heads": 4, "kv_heads": 2, "gate": 0}, {"return_state": True}),
+    "several value blocks": ({"dim": 64, "width": 64, "length": 40, "state": 2}, {"return_state": True}),
+    "keys and values of different sizes": ({"dim": 64, "width": 32, "length": 33}, {}),
+    "sequences": (
+        {"half": 16, "heads": 4, "kv_heads": 2},
+        {"bounds": torch.tensor([[0, 0, 20], [0, 20, 50], [1, 7, 50]]), "return_state": True},
+    ),
+    "an empty sequence": ({}, {"bounds": torch.tensor([[0, 0, 50], [1, 0, 0]])}),
+    "splits": ({"batch": 1, "heads": 1, "length": 1100, "state": 1}, {"return_state": True}),
+}
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gated_attention_equals_the_specification(case):
+    shape, options = GATED[case]
+    inputs = gated_inputs(**shape)
+    errors = compare(
+        gated_linear_attention, gated_reference.gated_linear_attention, inputs, (options, options), torch.float32
+    )
+    assert max(errors.values()) < 1e-5, errors
+
+
+def hybrid_inputs(
+    batch=2, heads=2, kv_heads=1, map_heads=None, length=50, past=0, dim=32, width=32, half=16, meta=False
+):
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    x = {
+        "q": r(batch, heads, length, dim) * 0.7,
+        "k": r(batch, kv_heads, past + length, dim) * 0.7,
+        "v": r(batch, kv_heads, past + length, width),
+        "feature_map_q": r(heads, dim, half) * 0.3,
+        "feature_map_k": r(map_heads or kv_heads, dim, half) * 0.3,
+        "window_factor": torch.rand(heads, generator=g) * 0.8 + 0.1,
+    }
+    return x | ({"meta_logit": r(heads)} if meta else {})
+
+
+def segments(*cuts):
+    out = torch.zeros(len(cuts), 50, dtype=torch.long)
+    for row, places in enumerate(cuts):
+        for place in places:
+            out[row, place:] += 1
+    return out
+
+
+def padding(*ranges):
+    return torch.stack([(torch.arange(50) >= a) & (torch.arange(50) < b) for a, b in ranges])
+
+
+HYBRID = {
+    "window 20": ({}, {"window_size": 20}, {}),
+    "window 16, a map a query head": ({"heads": 4, "kv_heads": 2, "map_heads": 4}, {"window_size": 16}, {}),
+    "window 1": ({"length": 20}, {"window_size": 1}, {}),
+    "window 37": ({"length": 70}, {"window_size": 37}, {}),
+    "one token": ({"length": 1}, {"window_size": 20}, {}),
+    "terrace": ({"length": 110}, {"window_size": 32, "terrace": True}, {}),
+    "sinks": ({"heads": 4, "kv_heads": 2}, {"window_size": 20, "num_sinks": 4}, {}),
+    "sinks in a terrace": ({"length": 70}, {"window_size": 16, "terrace": True, "num_sinks": 4}, {}),
+    "meta logit": ({"meta": True}, {"window_size": 20}, {}),
+    "window alone": ({"meta": True}, {"window_size": 20, "num_sinks": 4, "linear_weight": 0.0}, {}),
+    "past alone": ({}, {"window_size": 20, "window_weight": 0.0}, {}),
+    "weights": ({}, {"window_size": 20, "window_weight": 0.7, "linear_weight": 0.3}, {}),
+    "padding": ({}, {"window_size": 20, "return_state": True}, {"key_mask": padding((0, 50), (13, 50))}),
+    "an empty row": ({}, {"window_size": 20, "num_sinks": 2}, {"key_mask": padding((0, 31), (0, 0))}),
+    "packed": ({}, {"window_size": 20, "num_sinks": 3}, {"segment_ids": segments([17, 18], [40])}),
+    "splits": ({"batch": 1, "heads": 1, "length": 1100}, {"window_size": 20, "return_state": True, "num_sinks": 4}, {}),
+    "several value blocks": ({"dim": 64, "width": 64, "half": 32, "length": 40, "meta": True}, {"window_size": 20}, {}),
+}
+
+
+@pytest.mark.parametrize("case", HYBRID)
+def test_hybrid_attention_equals_the_specification(case):
+    shape, options, masks = HYBRID[case]
+    inputs = hybrid_inputs(**shape)
+    options = options | {"scale": inputs["q"].shape[-1] ** -0.5}
+    ours = options | ({"bounds": sequence_bounds(**masks)} if masks else {})
+    errors = compare(hybrid_attention, reference.hybrid_attention, inputs, (ours, options | masks), torch.float32)
+    if case == "window alone":  # g then cancels, and so does its gradient
+        assert abs(errors.pop("window_factor")) < 1e-4
+    errors["window_factor"] = errors.get("window_factor", 0) / 10  # a sum over the whole batch in which much cancels
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize(("past", "length"), [(15, 40), (19, 1), (19, 21)])
+def test_hybrid_attention_carries_on_from_a_state(past, length):
+    inputs = hybrid_inputs(heads=4, kv_heads=2, past=past, length=length)
+    g = torch.Generator().manual_seed(1)
+    state = torch.cat([torch.randn(2, 2, 32, 32, generator=g), torch.rand(2, 2, 32, 1, generator=g) * 10], -1)
+    options = {"window_size": 20, "scale": 32**-0.5, "return_state": True}
+    ours, theirs = options | {"state": state}, options | {"state": state.double()}
+    errors = compare(hybrid_attention, reference.hybrid_attention, inputs, (ours, theirs), torch.float32, grad=False)
+    assert max(errors.values()) < 1e-5, errors
+    inputs["q"].requires_grad_()
+    with pytest.raises(ValueError, match="cannot be trained from a state"):
+        hybrid_attention(**{n: t.to(DEVICE) for n, t in inputs.items()}, **options)
+
+
+@pytest.mark.parametrize(
+    ("map_heads", "options"),
+    [
+        (2, {}),
+        (4, {}),
+        (2, {"num_sinks": 3, "meta": True}),
+        (4, {"window_weight": 0.0}),
+        (2, {"linear_weight": 0.0, "num_sinks": 2}),
+    ],
+)
+def test_decoding_step_by_step_equals_the_whole(map_heads, options):
+    length, window = 30, 7
+    inputs = hybrid_inputs(heads=4, kv_heads=2, map_heads=map_heads, length=length, meta=options.pop("meta", False))
+    weights = {n: options[n] for n in options if n != "num_sinks"}
+    want, _ = reference.hybrid_attention(
+        **{n: t.double() for n, t in inputs.items()}, window_size=window, scale=0.2, **options
+    )
+    q, k, v, map_q, map_k, factor, *meta = (t.to(DEVICE) for t in inputs.values())
+    state = HybridState.empty(
+        k, v, map_heads=map_heads, features=32, window_size=window, num_sinks=options.get("num_sinks", 0)
+    )
+    position, out = torch.zeros(2, dtype=torch.int32, device=DEVICE), []
+    for t in range(length):
+        args = (q[:, :, t], k[:, :, t], v[:, :, t], map_q, map_k, factor, state, position)
+        out.append(hybrid_step(*args, scale=0.2, meta_logit=meta[0] if meta else None, **weights))
+        position += 1
+    assert relative(torch.stack(out, 2), want) < 1e-5
+
+
+@pytest.mark.parametrize(("half", "normalize"), [(16, True), (None, False)])
+def test_gated_decoding_equals_the_whole(half, normalize):
+    x = gated_inputs(heads=4, kv_heads=2, length=20, half=half)
+    options = {"normalize": normalize, "scale": 1.0 if normalize else 0.3}
+    want, _ = gated_reference.gated_linear_attention(**{n: t.double() for n, t in x.items()}, **options)
+    x = {n: t.to(DEVICE) for n, t in x.items()}
+    states, sums = torch.zeros(2, 4, 32, 32, device=DEVICE), torch.zeros(2, 2, 4, 32, device=DEVICE)
+    position, out = torch.zeros(2, dtype=torch.int32, device=DEVICE), []
+    maps = (x.get("feature_map_q"), x.get("feature_map_k"))
+    for t in range(20):
+        rows = (x[n][:, :, t] for n in ("q", "k", "v", "log_gate"))
+        out.append(gated_step(*rows, states, sums, position, *maps, **options))
+        position += 1
+    assert relative(torch.stack(out, 2), want) < 1e-5
+
+
+def test_the_dispatch_reaches_the_kernels_and_keeps_known_bounds():
+    x = {n: t.to(DEVICE) for n, t in hybrid_inputs().items()}
+    mask = padding((0, 50), (13, 50)).to(DEVICE)
+    options = {"window_size": 20, "scale": 0.2, "key_mask": mask}
+    want, _ = dispatch.hybrid_attention(**x, **options, backend="reference")
+    got, _ = dispatch.hybrid_attention(**x, **options, backend="triton")
+    assert relative(got, want.cpu()) < 1e-5
+    assert dispatch._bounds(mask, None) is dispatch._bounds(mask, None)
+    mask[0, :3] = False
+    got, _ = dispatch.hybrid_attention(**x, **options, backend="triton")
+    want, _ = dispatch.hybrid_attention(**x, **options, backend="reference")
+    assert relative(got, want.cpu()) < 1e-5
+
+
+def test_shapes_without_tiles_are_named():
+    x = {n: t.to(DEVICE) for n, t in hybrid_inputs(dim=24, width=24).items()}
+    with pytest.raises(ValueError, match="head dim of 32, 64, 128 or 256, got 24"):
+        dispatch.hybrid_attention(**x, window_size=8, scale=0.2, backend="triton")
+    x = {n: t.to(DEVICE) for n, t in hybrid_inputs().items()}
+    for options, message in (
+        ({"window_size": 2048}, "windows from 1 to 1024, got 2048"),
+        ({"window_size": 24, "terrace": True}, "terraces of .* got 24"),
+        ({"window_size": 20, "num_sinks": 17}, "at most 16 sinks, got 17"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hybrid_attention(**x, scale=0.2, **options)
+    with pytest.raises(ValueError, match="backend is None"):
+        dispatch.hybrid_attention(**x, window_size=8, scale=0.2, backend="cuda")
+
+
+def test_operations_know_their_shapes_without_running():
+    """torch.compile traces with fake tensors: shapes, dtypes and layouts must be those of a real call."""
+    from torch._subclasses import FakeTensorMode
+
+    calls = [
+        (hybrid_attention, hybrid_inputs(length=70), {"window_size": 20, "scale": 0.2}),
+        (gated_linear_attention, gated_inputs(half=16), {}),
+    ]
+    for call, inputs, options in calls:
+        inputs = {n: t.to(DEVICE) for n, t in inputs.items()}
+        real, _ = call(**inputs, **options)
+        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+            fake, _ = call(**{n: mode.from_tensor(t) for n, t in inputs.items()}, **options)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@needs_gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("gate", [0.0, 0.05, 5.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gated_attention_in_bf16(dim, gate, normalize):
+    x = gated_inputs(heads=4, kv_heads=2, length=1000, dim=dim, width=dim, gate=gate)
+    options = {"normalize": normalize, "scale": 1.0 if normalize else 0.1}
+    errors = compare(
+        gated_linear_attention, gated_reference.gated_linear_attention, x, (options, options), torch.bfloat16
+    )
+    assert errors["out"] < 3e-3, errors
+    assert max(errors.values()) < 1.2e-2, errors  # Σ do·y is of rounded outputs, as elsewhere; see docs/kernels.md
+
+
+@needs_gpu
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("options", [{}, {"num_sinks": 4}, {"terrace": True}])
+def test_hybrid_attention_in_bf16(dim, options):
+    x = hybrid_inputs(heads=4, kv_heads=2, length=1000, dim=dim, width=dim, half=dim // 2)
+    options = options | {"window_size": 64, "scale": dim**-0.5}
+    errors = compare(hybrid_attention, reference.hybrid_attention, x, (options, options), torch.bfloat16)
+    assert errors["out"] < 3e-3, errors
+    errors.pop("window_factor")  # a sum in which nearly all cancels
+    assert max(errors.values()) < 6e-3, errors
+
+
+@needs_gpu
+def test_a_million_tokens_stay_finite():
+    x = gated_inputs(batch=1, heads=2, kv_heads=2, length=2**20, dim=64, width=64, half=32, gate=0)
+    x = {n: t.to(DEVICE, torch.bfloat16) for n, t in x.items()}
+    factor = torch.full((2,), 0.3, device=DEVICE)
+    assert gated_linear_attention(**x)[0].isfinite().all()
+    maps = {n: x.pop(n) for n in ("feature_map_q", "feature_map_k")}
+    assert hybrid_attention(**x, **maps, window_factor=factor, window_size=64, scale=0.125)[0].isfinite().all()
