@@ -4,8 +4,8 @@
 
 Every figure is the median of CUDA-graph replays, bf16, 32 heads of 128, random data. `roofline` is the least time that
 reading the inputs and writing the outputs once takes at the measured copy bandwidth, as a share of what was measured.
-Peers that are not installed are left out. `first` is the first call in this process: compiling, and no tuning, since the
-kernels ship one cut a shape.
+Peers that are not installed are left out. `first` is the first call in this process: compiling, and no tuning, since
+the kernels ship one cut a shape.
 """
 
 from __future__ import annotations

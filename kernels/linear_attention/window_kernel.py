@@ -45,6 +45,17 @@ def _sinks_far(block, index, sink, SINKS: tl.constexpr, WINDOW: tl.constexpr, TE
 
 
 @triton.jit
+def _absorb(x, keys, values, seen, scale, log_g, y, total, top, PRECISION: tl.constexpr):
+    """Add softmax attention to some keys to (y, total), which are in units of exp(top); all three anew."""
+    s = tl.where(seen, dot(x, tl.trans(keys), PRECISION) * scale + log_g, -float("inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp(s - higher[:, None])
+    shrink = tl.exp(top - higher)
+    y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision=PRECISION)
+    return y, total * shrink + tl.sum(p, 1), higher
+
+
+@triton.jit
 def _sequence(bounds, HAS_BOUNDS: tl.constexpr, num_keys):
     """(row, first key, length) of program 2's sequence."""
     sequence = tl.program_id(2)
@@ -144,26 +155,14 @@ def window_forward(
                 keys = load_block(k, key_place, k_time, there, DIM)
                 values = load_block(v, key_place, v_time, there, V)
                 near = _near(block, back, index, WINDOW, TERRACE, BT) & there[None, :]
-                s = tl.where(near, dot(x, tl.trans(keys), PRECISION) * scale + log_g, -float("inf"))
-                higher = tl.maximum(top, tl.max(s, 1))
-                p = tl.exp(s - higher[:, None])
-                shrink = tl.exp(top - higher)
-                total = total * shrink + tl.sum(p, 1)
-                y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision=PRECISION)
-                top = higher
+                y, total, top = _absorb(x, keys, values, near, scale, log_g, y, total, top, PRECISION)
             if SINKS > 0:
                 sink = tl.arange(0, 16)
                 at = (tl.program_id(2).to(tl.int64) * (heads // group) + head // group) * 16
                 keys = tl.load(sink_k + (at + sink)[:, None] * DIM + tl.arange(0, DIM)[None, :])
                 values = tl.load(sink_v + (at + sink)[:, None] * V + columns[None, :])
                 far = _sinks_far(block, index, sink, SINKS, WINDOW, TERRACE, BT)
-                s = tl.where(far, dot(x, tl.trans(keys), PRECISION) * scale + log_g, -float("inf"))
-                higher = tl.maximum(top, tl.max(s, 1))
-                p = tl.exp(s - higher[:, None])
-                shrink = tl.exp(top - higher)
-                total = total * shrink + tl.sum(p, 1)
-                y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision=PRECISION)
-                top = higher
+                y, total, top = _absorb(x, keys, values, far, scale, log_g, y, total, top, PRECISION)
         if HAS_PAST:
             has_past = ok & (place - num_before >= past_shift)
             past_row = rows - past_shift
