@@ -129,6 +129,92 @@ def convert(
 
 
 @app.command()
+def adapt(
+    model: Model,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file; see `kit recipes ls`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    train: Annotated[
+        str | None, typer.Option(help="What to learn: a hub id, a file or a folder.", show_default=False)
+    ] = None,
+    knowledge: Annotated[
+        str | None,
+        typer.Option(help="What to keep: the same, or self (text sampled from the model).", show_default=False),
+    ] = None,
+    covariance: Annotated[
+        Path | None,
+        typer.Option(help="File of covariances: read if it exists, else measured and written.", show_default=False),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a whole checkpoint, and the adapter in its folder adapter.")
+    ] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", help="Rows an update.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default=False, help="Seed of data and training.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the base in training; auto: float32 on a CPU, bfloat16 on a GPU.")
+    ] = "auto",
+    device: Device = "auto",
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file of --merge.")] = "5GB",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed training.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result, privately.", show_default=False)
+    ] = None,
+    revision: Revision = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train an adapter that learns --train and keeps --knowledge; a plain PEFT LoRA folder."""
+    from kit.convert.adapt import AdaptOptions, plan
+    from kit.convert.adapt import adapt as run
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.pipeline import parse_size
+    from kit.recipes import load_recipes
+
+    _libraries(verbose)
+    settings = {"train_data.dataset": train, "data.dataset": knowledge, "training.batch_size": batch_size, "seed": seed}
+    recipes = load_recipes(recipe, [*_settings(settings), *(set_ or [])])
+    checkpoint = open_checkpoint(model, revision=revision)
+    options = AdaptOptions(
+        output=output,
+        dtype=dtype,
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+        max_shard_size=parse_size(max_shard_size),
+        command=_command_line(),
+        covariance=covariance,
+        merge=merge,
+    )
+    items = {item.what: item.value for item in plan(checkpoint, recipes, options)}
+    if dry_run or not json_:
+        _print_json({"plan": items}) if json_ else _print_pairs("Plan", items)
+    if dry_run:
+        return
+    report = run(checkpoint, recipes, options, _progress(quiet or json_))
+    if push_to_hub:
+        from kit.convert.hub import push
+
+        report["hub"] = push(output, push_to_hub)
+    if json_:
+        _print_json({"output": str(output), **report})
+        return
+    (stage,) = next(iter(report["stages"].values()))
+    losses, cost = stage["losses"], report["cost"]
+    last = losses[-10:]
+    if losses:
+        print(f"loss {losses[0]:.3f} at first, {sum(last) / len(last):.3f} in the last {len(last)} updates")
+    print(
+        f"{output}: trained, written and verified in {cost['seconds']:.0f} s, "
+        f"peak {cost['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+
+
+@app.command()
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
@@ -285,6 +371,80 @@ def _run_recipe(
     )
 
 
+@app.command()
+def augment(
+    items: Annotated[
+        Path, typer.Argument(metavar="ITEMS", help="JSONL of title, text and maybe image.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file to make.", show_default=False)],
+    writer: Annotated[
+        str,
+        typer.Option(help="Model that writes questions, or address of a server (http.../v1); none: templates only."),
+    ] = "none",
+    writer_model: Annotated[
+        str | None, typer.Option(help="The server's name of the model; else its only one.", show_default=False)
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="YAML of templates; else kit's own.", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of the writer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", min=1, help="Questions to the writer at a time.")
+    ] = 8,
+    limit: Annotated[
+        int | None, typer.Option("--limit", "-L", min=1, help="Items at most.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of templates, statements and sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of a local writer: auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turn pieces of knowledge into conversations to train on (KORE augmentation)."""
+    _libraries(verbose)
+    from kit.convert.augment import augment as run
+    from kit.convert.writers import is_local, open_writer
+
+    if is_local(writer):
+        from kit.convert.pipeline import resolve_device
+
+        device = resolve_device(device)
+    opened = open_writer(
+        writer,
+        model=writer_model,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    counts = run(
+        items,
+        output,
+        writer=opened,
+        templates=templates,
+        seed=seed,
+        limit=limit,
+        resume=resume,
+        overwrite=overwrite,
+        progress=_progress(quiet or json_),
+    )
+    if json_:
+        _print_json({"output": str(output), **counts})
+        return
+    records = ", ".join(f"{count} {kind}" for kind, count in counts["records"].items())
+    print(f"{output}: {sum(counts['records'].values())} records of {counts['items']} items: {records}")
+    for name, count in {"repeated records": counts["repeated_records"], **counts["dropped"]}.items():
+        if count:
+            print(f"  left out: {count} {name.replace('_', ' ')}")
+
+
 def _measure(
     run: Any,
     open_model: Any,
@@ -321,6 +481,17 @@ def _measure(
         str | None, typer.Option(help="Text around --recall's needle; else --dataset.", show_default=False)
     ] = None,
     generations: Annotated[int, typer.Option(min=0, help="Held-out prompts to continue greedily.")] = 0,
+    retention: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="QUESTIONS",
+            help="JSONL of what was learned, beside what was kept of --dataset.",
+            show_default=False,
+        ),
+    ] = None,
+    covariance: Annotated[
+        Path | None, typer.Option(help="Of --retention's leak; else measured on --dataset.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampled text.")] = 1,
     output: Annotated[
         Path | None,
@@ -338,12 +509,21 @@ def _measure(
     """Open the models and measure: what `eval` and `compare` share, and the options of both."""
     _libraries(verbose)
     from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.errors import ExitCode, KitError
     from kit.convert.pipeline import resolve_device
+    from kit.convert.retention import RetentionOptions
     from kit.convert.task_data import TaskOptions, parse_names
 
     short = [_short(name) for name in models]
     names = short if len(set(short)) == len(short) else models
-    opened = [open_model(model, trust_remote_code=trust_remote_code) for model in models]
+    if covariance is not None and retention is None:
+        raise KitError(
+            "covariances are for --retention, which is not asked for",
+            where="--covariance",
+            next_step="add --retention QUESTIONS.jsonl",
+            exit_code=ExitCode.USAGE,
+        )
+    opened = [open_model(model, base=base, trust_remote_code=trust_remote_code) for model in models]
     return run(
         dict(zip(names, opened, strict=True)),
         base=open_checkpoint(base, trust_remote_code=trust_remote_code) if base else None,
@@ -363,6 +543,7 @@ def _measure(
         recall=_lengths(recall),
         haystack=haystack,
         generations=generations,
+        retention=RetentionOptions(retention, covariance, limit, batch_size) if retention is not None else None,
         trust_remote_code=trust_remote_code,
         progress=_progress(quiet or json_),
     )
@@ -402,10 +583,10 @@ def _with_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., None]
 @_with_options_of(_measure)
 def evaluate(**options: Any) -> None:
     """Measure perplexity, agreement with the base, recall, continuations, speed and memory."""
-    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.adapted import open_model
     from kit.convert.evaluate import evaluate as run
 
-    result = _measure(run, open_checkpoint, **options)
+    result = _measure(run, open_model, **options)
     _print_json(result) if options["json_"] else _print_evaluation(result)
 
 
@@ -488,6 +669,68 @@ def chat(
         device=resolve_device(device),
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command()
+def covariance(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to make (.safetensors).", show_default=False)],
+    dataset: Dataset = "self",
+    num_samples: Annotated[int, typer.Option(help="Rows of data.")] = 256,
+    seq_len: Annotated[int, typer.Option(help="Tokens a row.")] = 1024,
+    target_modules: Annotated[
+        list[str] | None,
+        typer.Option(help="Linears by the end of their names, repeatable; else all.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of data.")] = 0,
+    dtype: Annotated[str, typer.Option(help="To compute in: auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure the second moments of what enters a model's linears; adapters and other runs reuse the file."""
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.data import DataConfig
+    from kit.convert.errors import ExitCode, KitError
+    from kit.convert.pipeline import resolve_device
+
+    if output.exists() and not overwrite:
+        raise KitError(
+            "the output exists already",
+            where=str(output),
+            next_step="choose another -o, or add --overwrite",
+            exit_code=ExitCode.USAGE,
+        )
+    checkpoint = open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code)
+    _libraries(verbose)
+    from kit.convert.covariance_store import measure_covariances
+
+    measured = measure_covariances(
+        checkpoint,
+        DataConfig(dataset=dataset or "self", num_samples=num_samples, seq_len=seq_len),
+        target_modules=target_modules,
+        dtype=dtype,
+        device=resolve_device(device),
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=_progress(quiet or json_),
+    )
+    measured.save(output)
+    facts = {
+        "output": str(output),
+        "linears": len(measured.linears),
+        "inputs": len(measured.packed),
+        "bytes": output.stat().st_size,
+        **measured.sources[0],
+    }
+    if json_:
+        _print_json(facts)
+    else:
+        _print_pairs(str(output), facts)
 
 
 @app.command("inspect")
@@ -729,7 +972,7 @@ def _fail(error: BaseException) -> None:
 
 def _interrupted() -> None:
     command = _command_line()
-    started = any(name in sys.argv[1:] for name in ("convert", "quantize"))
+    started = any(name in sys.argv[1:] for name in ("adapt", "augment", "convert", "quantize"))
     started = started or ("eval" in sys.argv[1:] and any(a.startswith(("-o", "--output")) for a in sys.argv[1:]))
     if started and "--resume" not in command:
         command += " --resume"

@@ -405,7 +405,7 @@ def _open_folder(source: str, folder: Path, trust_remote_code: bool) -> Checkpoi
 def _read_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     advice = "give the folder that holds config.json and the weights, or a .gguf file"
     if (folder / "adapter_config.json").exists():
-        advice = "this is an adapter: merge it into its base model first (PEFT's merge_and_unload), and give the result"
+        advice = "this is an adapter: `kit eval` and `kit compare` take it; else merge it into its base model first"
     elif ggufs := sorted(folder.glob("*.gguf")):
         advice = f"give the GGUF file itself: {ggufs[0]}"
     config = _read_json(folder / "config.json", advice)
@@ -463,6 +463,15 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
 def _corrupt(path: Path, error: Exception) -> KitError:
     problem = f"the weight file is unreadable, truncated or corrupt: {_first_line(error)}"
     return KitError(problem, where=str(path), next_step="download this file again")
+
+
+def safetensors_tensors(path: Path) -> dict[str, TensorInfo]:
+    """Shape and dtype of every tensor of a safetensors file, by the name in the file.
+
+    Raises:
+        KitError: if it is truncated or corrupt.
+    """
+    return _safetensors_header(path)[0]
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:

@@ -21,7 +21,8 @@ OPTIONS = {  # of `kit eval`, by the setting they decide
     "base": "--base", "sampled_tokens": "--num-tokens", "sampled_from": "--base", "seed": "--seed",
     "dataset": "--dataset", "dataset_tokens": "--limit and --seq-len", "dataset_sha256": "--dataset",
     "window": "--seq-len", "dtype": "--dtype", "device": "--device", "recall": "--recall and --haystack",
-    "generations": "--generations", "tasks": "--tasks, --limit, --num-fewshot and --data-dir",
+    "generations": "--generations", "retention": "--retention, --covariance and --batch-size",
+    "tasks": "--tasks, --limit, --num-fewshot and --data-dir",
 }  # fmt: skip
 
 
@@ -60,13 +61,13 @@ def compare(
     return {"settings": known[0][1]["settings"], "rows": rows, "comparisons": compare_rows(rows)}
 
 
-def open_or_read(model: str, *, trust_remote_code: bool = False) -> Checkpoint | Result:
-    """Read an earlier result if the name ends in .json, else open a model as `open_checkpoint` does."""
+def open_or_read(model: str, *, base: str | None = None, trust_remote_code: bool = False) -> Checkpoint | Result:
+    """Read an earlier result if the name ends in .json, else open a model or an adapter as `open_model` does."""
     if model.endswith(".json"):
         return read_result(Path(model))
-    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.adapted import open_model
 
-    return open_checkpoint(model, trust_remote_code=trust_remote_code)
+    return open_model(model, base=base, trust_remote_code=trust_remote_code)
 
 
 def read_result(path: Path) -> Result:

@@ -9,6 +9,7 @@ import os
 import random
 import re
 import zlib
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ UNDERSTOOD = (
 )
 POOL_CHARACTERS = 2**26  # read at least so much of a data set before drawing documents from it
 
+Part = tuple[str, bool]  # of a document: text, and whether a model that is trained on it learns to write it
+
 
 class DataConfig(BaseModel):
     """Calibration and training text."""
@@ -57,6 +60,23 @@ class DataConfig(BaseModel):
     )
 
 
+class TrainDataConfig(DataConfig):
+    """Text that a model is trained on: whole documents, and which of their tokens count."""
+
+    dataset: str = Field(
+        "", description="Hub id, .txt/.jsonl(.gz)/.json/.parquet file, or folder of them; --train names it."
+    )
+    num_samples: int = Field(100_000, ge=1, description="Rows of data, at most.")
+    seq_len: int = Field(512, ge=2, description="Tokens a row.")
+    packing: Literal["documents", "concat"] = Field(
+        "documents",
+        description="documents: whole ones that do not see each other, and padding; concat: one stream.",
+    )
+    loss_on: Literal["answers", "all"] = Field(
+        "answers", description="answers: of conversations, and of prompts and answers, only what is answered; all."
+    )
+
+
 @dataclass
 class TokenRows:
     """Packed tokens, N rows of T.
@@ -67,6 +87,7 @@ class TokenRows:
         num_documents: documents that the rows hold, whole or in part.
         source: where the text is from.
         sha256: of the token ids.
+        learned: (N, T), bool: the tokens that a model trained on the rows learns to write; None: all.
     """
 
     input_ids: Tensor
@@ -74,6 +95,7 @@ class TokenRows:
     num_documents: int
     source: str
     sha256: str
+    learned: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -82,11 +104,13 @@ class TokenRows:
 
     @property
     def labels(self) -> Tensor:
-        """`input_ids` with -100 where a document starts: its first token does not follow from the one before it (N, T).
+        """`input_ids` with -100 where nothing is to be learned (N, T).
 
-        As transformers has it, labels are not shifted; the model does that.
+        So it is where a document starts: its first token does not follow from the one before it. As transformers has
+        it, labels are not shifted; the model does that.
         """
-        return self.input_ids.masked_fill(self.position_ids == 0, -100)
+        ignored = self.position_ids == 0
+        return self.input_ids.masked_fill(ignored if self.learned is None else ignored | ~self.learned, -100)
 
     def summary(self) -> dict[str, Any]:
         """What the report says about the data."""
@@ -98,13 +122,14 @@ class TokenRows:
             "num_tokens": self.num_tokens,
             "num_documents": self.num_documents,
             "sha256": self.sha256,
+            **({} if self.learned is None else {"learned_tokens": int((self.labels != -100).sum())}),
         }
 
 
 def load_rows(
     config: DataConfig, tokenizer: Any, *, seed: int, model: Any = None, progress: Progress | None = None
 ) -> TokenRows:
-    """Read or sample the rows that a config asks for.
+    """Read or sample the rows that a config asks for; those of a `TrainDataConfig` know which tokens are learned.
 
     Documents are drawn from the data set's first 64 Mi characters (or 64 a token asked for, if that is more), so that a
     hub data set is not downloaded whole. A document starts with BOS where the tokenizer puts it there itself.
@@ -120,7 +145,7 @@ def load_rows(
         (N, T) tokens; fewer rows than asked for if the text ends.
 
     Raises:
-        KitError: if the data cannot be read, or holds less than one row.
+        KitError: if the data cannot be read, or holds less than one row (for training: nothing to learn).
     """
     if config.dataset == "self":
         if model is None:
@@ -131,22 +156,34 @@ def load_rows(
             )
         return sample_from_model(model, tokenizer, config.num_samples, config.seq_len, seed, progress=progress)
     wanted = config.num_samples * config.seq_len
+    train = config if isinstance(config, TrainDataConfig) else None
+    answers = train is not None and train.loss_on == "answers"
     texts, characters = [], 0
-    for text in read_documents(config.dataset, config.split, tokenizer, config.chat):
-        texts.append(text)
-        characters += len(text)
+    for parts in read_parts(config.dataset, config.split, tokenizer, config.chat, answers):
+        texts.append(parts)
+        characters += sum(len(text) for text, _ in parts)
         if characters >= max(POOL_CHARACTERS, 64 * wanted):
             break
     random.Random(seed).shuffle(texts)
     documents: list[list[int]] = []
+    learned: list[list[bool]] | None = None if train is None else []
     found = 0
-    for text in texts:
+    for parts in texts:
         if found >= wanted:
             break
-        documents.append(_document_ids(text, tokenizer))
+        documents.append(_document_ids("".join(text for text, _ in parts), tokenizer))
+        if learned is not None:
+            learned.append(_learned(parts, documents[-1], tokenizer))
         found += len(documents[-1])
     try:
-        rows = pack(documents, config.seq_len, config.num_samples, config.packing, tokenizer.eos_token_id, seed)
+        if learned is not None and config.packing == "documents":
+            padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+            rows = pack_whole(
+                documents, learned, config.seq_len, config.num_samples, tokenizer.eos_token_id, padding, seed
+            )
+        else:
+            eos = tokenizer.eos_token_id
+            rows = pack(documents, config.seq_len, config.num_samples, config.packing, eos, seed, learned)
     except KitError as error:
         error.where = config.dataset
         raise
@@ -160,7 +197,7 @@ def read_documents(spec: str, split: str = "train", tokenizer: Any = None, chat:
 
     A text file is one document: its lines, blank ones empty, joined by two line breaks (as GPTQ papers join the rows of
     WikiText-2). Rows of other files are a document each, empty ones too: a text column, or a conversation or a
-    prompt and its answer, put through the chat template (without one: joined by blank lines).
+    prompt and its answer (of several the first), put through the chat template (without one: joined by blank lines).
 
     Args:
         spec: a file, a folder (read in order of names), or a hub id.
@@ -171,6 +208,26 @@ def read_documents(spec: str, split: str = "train", tokenizer: Any = None, chat:
     Raises:
         KitError: while reading, if something is missing, broken, empty, or has columns that are not understood.
     """
+    for parts in read_parts(spec, split, tokenizer, chat):
+        yield "".join(text for text, _ in parts)
+
+
+def read_parts(
+    spec: str, split: str = "train", tokenizer: Any = None, chat: bool | None = None, answers: bool = False
+) -> Iterator[list[Part]]:
+    """Read documents as `read_documents` does, in parts that say what a model should learn to write.
+
+    Args:
+        spec: a file, a folder (read in order of names), or a hub id.
+        split: of a hub data set.
+        tokenizer: has the chat template.
+        chat: as for `read_documents`.
+        answers: of conversations, and of prompts and answers, only the answers are learned, with what the template puts
+            behind each; otherwise, and of plain text, everything.
+
+    Raises:
+        KitError: as `read_documents`, and if the chat template changes answers so that they cannot be found.
+    """
     path = Path(spec).expanduser()
     if not os.path.exists(path):
         rows = _hub_rows(spec, split)
@@ -180,17 +237,32 @@ def read_documents(spec: str, split: str = "train", tokenizer: Any = None, chat:
         if not files:
             raise _unreadable(spec, f"the folder holds no {'/'.join(FILE_TYPES[:4])} file")
         for file in files:
-            yield from read_documents(str(file), split, tokenizer, chat)
+            yield from read_parts(str(file), split, tokenizer, chat, answers)
         return
     else:
         rows = _file_rows(path)
     blank = True
     for where, row in rows:
-        text = _to_text(row, where, tokenizer, chat)
-        blank = blank and not text.strip()
-        yield text
+        parts = _to_parts(row, where, tokenizer, chat, answers)
+        blank = blank and not any(text.strip() for text, _ in parts)
+        yield parts
     if blank:
         raise _unreadable(spec, "it holds no text")
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a local .jsonl, .json or .parquet file as they stand there, each with where it is (file and line).
+
+    Raises:
+        KitError: while reading, if the file is missing or broken, or is of another kind.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise _unreadable(str(path), f"there is no such file. {closest(path.name, siblings)}".strip())
+    if (_file_type(path) or ".txt").startswith(".txt"):
+        raise _unreadable(str(path), "rows with columns are needed, in a .jsonl, .json or .parquet file")
+    yield from _file_rows(path)
 
 
 def pack(
@@ -200,6 +272,7 @@ def pack(
     packing: Literal["documents", "concat"],
     eos_token_id: int | None,
     seed: int,
+    learned: list[list[bool]] | None = None,
 ) -> TokenRows:
     """Pack documents into rows of exactly `seq_len` tokens, each closed by `eos_token_id`, in a seeded order.
 
@@ -213,19 +286,20 @@ def pack(
         packing: `documents`: positions start at 0 with each document and each row; `concat`: with each row only.
         eos_token_id: closes each document that it does not close already.
         seed: of the order.
+        learned: for each document, which of its tokens are learned.
 
     Raises:
         KitError: if there is not one full row.
     """
     import torch
 
-    closing = [] if eos_token_id is None else [eos_token_id]
-    documents = [torch.tensor(ids if ids[-1:] == closing else ids + closing) for ids in token_lists if ids]
+    documents = _closed(token_lists, learned, eos_token_id)
     single = len(documents) == 1
     if single:
-        documents = [window for window in documents[0].split(seq_len) if len(window) == seq_len] or documents
+        windows = documents[0].split(seq_len, dim=1)
+        documents = [window for window in windows if window.shape[1] == seq_len] or documents
     random.Random(seed).shuffle(documents)
-    lengths = torch.tensor([0, *map(len, documents)])
+    lengths = torch.tensor([0, *(document.shape[1] for document in documents)])
     rows = min(int(lengths.sum()) // seq_len, num_rows)
     if not rows:
         raise KitError(
@@ -233,7 +307,8 @@ def pack(
             where="the data set",
             next_step="lower --seq-len, or give more text",
         )
-    input_ids = torch.cat(documents)[: rows * seq_len].view(rows, seq_len)
+    input_ids, counts = torch.cat(documents, dim=1)[:, : rows * seq_len].view(2, rows, seq_len)
+    input_ids = input_ids.clone()
     starts = lengths.cumsum(0)[:-1]
     starts = starts[starts < rows * seq_len]
     position_ids = torch.arange(seq_len).repeat(rows, 1)
@@ -241,7 +316,92 @@ def pack(
         last_start = torch.zeros(rows * seq_len, dtype=torch.long)
         last_start[starts] = starts % seq_len
         position_ids -= last_start.view(rows, seq_len).cummax(dim=1).values
-    return TokenRows(input_ids, position_ids, 1 if single else len(starts), "", _hash(input_ids))
+    number = 1 if single else len(starts)
+    return TokenRows(input_ids, position_ids, number, "", _hash(input_ids), None if learned is None else counts.bool())
+
+
+def pack_whole(
+    token_lists: list[list[int]],
+    learned: list[list[bool]],
+    seq_len: int,
+    num_rows: int,
+    eos_token_id: int | None,
+    padding: int,
+    seed: int,
+) -> TokenRows:
+    """Pack documents into rows of `seq_len` tokens without cutting any that fits, so that no answer loses its prompt.
+
+    Documents come in a seeded order, each into the fullest row that has room for it (best fit). One that is longer than
+    a row is cut into pieces, and pieces in which nothing is learned are left out. Rows end in padding, which is a
+    document of its own: no token of another sees it.
+
+    Args:
+        token_lists: the documents' tokens; empty ones are left out.
+        learned: for each document, which of its tokens are learned.
+        seq_len: T.
+        num_rows: N, at most.
+        eos_token_id: closes each document that it does not close already.
+        padding: token that fills rows up.
+        seed: of the order.
+
+    Raises:
+        KitError: if nothing is learned.
+    """
+    import torch
+
+    documents = [
+        piece
+        for document in _closed(token_lists, learned, eos_token_id)
+        for piece in document.split(seq_len, dim=1)
+        if piece[1, 1:].any()  # the first token of a document is never learned
+    ]
+    if not documents:
+        raise KitError(
+            f"in no row of {seq_len:,} tokens there is an answer to learn",
+            where="the data set",
+            next_step="raise --seq-len, or learn the prompts too (--set train_data.loss_on=all)",
+        )
+    random.Random(seed).shuffle(documents)
+    rows: list[list[Tensor]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for document in documents:
+        length = document.shape[1]
+        place = bisect_left(room, (length, 0))
+        if place < len(room):
+            left, row = room.pop(place)
+        elif len(rows) < num_rows:
+            left, row = seq_len, len(rows)
+            rows.append([])
+        else:
+            continue
+        rows[row].append(document)
+        insort(room, (left - length, row))
+    ids = torch.full((len(rows), seq_len), padding)
+    counts = torch.zeros(len(rows), seq_len, dtype=torch.bool)
+    positions = torch.empty(len(rows), seq_len, dtype=torch.long)
+    for number, row_documents in enumerate(rows):
+        row_of = torch.cat(row_documents, dim=1)
+        end = row_of.shape[1]
+        ids[number, :end], counts[number, :end] = row_of[0], row_of[1].bool()
+        lengths = [*(document.shape[1] for document in row_documents), seq_len - end]
+        positions[number] = torch.cat([torch.arange(length) for length in lengths])
+    return TokenRows(ids, positions, sum(map(len, rows)), "", _hash(ids), counts)
+
+
+def _closed(token_lists: list[list[int]], learned: list[list[bool]] | None, eos_token_id: int | None) -> list[Tensor]:
+    """Documents as (2, length): tokens, closed by `eos_token_id`, and whether each is learned; empty ones left out.
+
+    The closing token is learned if what it closes is.
+    """
+    import torch
+
+    closing = [] if eos_token_id is None else [eos_token_id]
+    documents = []
+    for ids, counts in zip(token_lists, learned or ([True] * len(ids) for ids in token_lists), strict=True):
+        if ids:
+            more = [] if ids[-1:] == closing else closing
+            documents.append(torch.tensor([ids + more, counts + counts[-1:] * len(more)]))
+    return documents
 
 
 def sample_from_model(
@@ -408,7 +568,7 @@ def _hub_rows(spec: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise _unreadable(spec, f"no such file, and the hub gave: {_first_line(error)}") from error
 
 
-def _to_text(row: dict[str, Any], where: str, tokenizer: Any, chat: bool | None) -> str:
+def _to_parts(row: dict[str, Any], where: str, tokenizer: Any, chat: bool | None, answers: bool) -> list[Part]:
     """One row as text: its text column, or its conversation through the chat template."""
     messages = _messages(row, where)
     text = next((column for column in TEXT_COLUMNS if column in row), None)
@@ -417,7 +577,7 @@ def _to_text(row: dict[str, Any], where: str, tokenizer: Any, chat: bool | None)
             "chat needs conversations, and this row holds none", where=where, next_step="set data.chat to none"
         )
     if text is not None and not chat and (row[text] is not None or messages is None):
-        return _string(row, text, where)
+        return [(_string(row, text, where), True)]
     if messages is None:
         raise KitError(
             f"the columns are not understood: {', '.join(row)}", where=where, next_step=f"rename them to {UNDERSTOOD}"
@@ -426,13 +586,50 @@ def _to_text(row: dict[str, Any], where: str, tokenizer: Any, chat: bool | None)
     if chat and not template:
         raise KitError("the tokenizer has no chat template", where="data.chat", next_step="set data.chat to none")
     if chat is False or not template:
-        return "\n\n".join(message["content"] for message in messages)
+        parts: list[Part] = []
+        for number, message in enumerate(messages):
+            learn = not answers or message["role"] == "assistant"
+            parts += [("\n\n" if number else "", not answers), (message["content"], learn)]
+        return parts
+    full = _render(messages, tokenizer, where)
+    return _answers_in(full, messages, tokenizer, where) if answers else [(full, True)]
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Any, where: str) -> str:
     try:
         # Templates end in a line break after the end token; without it that token closes the document.
         return tokenizer.apply_chat_template(messages, tokenize=False).rstrip()
     except Exception as error:
         reason = f"the chat template refuses a row: {_first_line(error)}"
         raise KitError(reason, where=where, next_step="leave the row out, or set data.chat to false") from error
+
+
+def _answers_in(full: str, messages: list[dict[str, str]], tokenizer: Any, where: str) -> list[Part]:
+    """Find the answers in a conversation's text: what does not change when marks stand in their places is not theirs.
+
+    An answer takes with it what the template puts behind the last one: the token that ends a turn.
+    """
+    numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not numbers:
+        return [(full, False)]
+    marked = [{**m, "content": f"\ue000{n}\ue001"} if n in numbers else m for n, m in enumerate(messages)]
+    around = re.split("\ue000\\d+\ue001", _render(marked[: numbers[-1] + 1], tokenizer, where))
+    closing = around[-1]
+    for contents in ([messages[n]["content"] for n in numbers], [messages[n]["content"].strip() for n in numbers]):
+        parts: list[Part] = []
+        for before, content in zip(around, contents, strict=False):
+            ends = bool(parts) and before.startswith(closing)
+            parts += [(closing, True)] if ends else []
+            parts += [(before[len(closing) :] if ends else before, False), (content, True)]
+        parts.append((closing, True))
+        found = "".join(text for text, _ in parts)
+        if len(around) == len(numbers) + 1 and full.startswith(found):
+            return [*parts, (full[len(found) :], False)]
+    raise KitError(
+        "the chat template changes the answers, so that they cannot be told from the prompts",
+        where=where,
+        next_step="learn both (--set train_data.loss_on=all), or leave the template out (--set train_data.chat=false)",
+    )
 
 
 def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]] | None:
@@ -457,12 +654,15 @@ def _messages(row: dict[str, Any], where: str) -> list[dict[str, str]] | None:
     parts = [_string(row, column, where) for column in (prompt, *CONTEXT_COLUMNS)]
     return [
         {"role": "user", "content": "\n\n".join(part for part in parts if part)},
-        {"role": "assistant", "content": _string(row, answer, where)},
+        {"role": "assistant", "content": _string(row, answer, where, first=True)},
     ]
 
 
-def _string(row: dict[str, Any], column: str, where: str) -> str:
+def _string(row: dict[str, Any], column: str, where: str, first: bool = False) -> str:
+    """A column's text; `first`: of several, as data sets of questions give all answers that are right, the first."""
     value = row.get(column)
+    if first and isinstance(value, list) and value:
+        value = value[0]
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -475,6 +675,25 @@ def _document_ids(text: str, tokenizer: Any) -> list[int]:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     opening = opening_ids(tokenizer)
     return [*opening, *ids] if ids and ids[:1] != opening else ids
+
+
+def _learned(parts: list[Part], ids: list[int], tokenizer: Any) -> list[bool]:
+    """Which of a document's tokens are learned: those that reach into a part that is; BOS is not."""
+    if all(learn for _, learn in parts):
+        return [True] * len(ids)
+    if not tokenizer.is_fast:
+        raise KitError(
+            "this tokenizer does not tell which characters a token is of, so answers cannot be told from prompts",
+            where="train_data.loss_on: answers",
+            next_step="learn both with --set train_data.loss_on=all",
+        )
+    text = "".join(text for text, _ in parts)
+    spans = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    counts = [0]  # learned characters before each
+    for part, learn in parts:
+        counts += [counts[-1] + learn * (n + 1) for n in range(len(part))]
+    learned = [counts[max(end, start + 1)] > counts[start] if start < len(text) else False for start, end in spans]
+    return [False] * (len(ids) - len(learned)) + learned
 
 
 def opening_ids(tokenizer: Any) -> list[int]:

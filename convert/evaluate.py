@@ -28,6 +28,8 @@ from kit.convert.measure import hardware, peak_memory, reset_peak_memory
 from kit.convert.perplexity import mean_and_error
 from kit.convert.progress import Progress
 from kit.convert.recall import RecallTest, measure_recall, recall_test
+from kit.convert.retention import RetentionOptions, RetentionTest, check_base, measure_leaks, measure_retention
+from kit.convert.retention import retention_test as read_retention_test
 from kit.convert.task_data import TaskOptions
 
 ROW_LENGTH = 512  # tokens of a held-out row sampled from the base model
@@ -44,6 +46,7 @@ class _Text:
     base_log_probs: Tensor | None = None  # (N·T, vocabulary), on disk
     recall: RecallTest | None = None
     prompts: Tensor | None = None  # (N, P), to continue
+    retention: RetentionTest | None = None
 
 
 def evaluate(
@@ -66,6 +69,7 @@ def evaluate(
     recall: list[int] | None = None,
     haystack: str | None = None,
     generations: int = 0,
+    retention: RetentionOptions | None = None,
     earlier: dict[str, dict[str, Any]] | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -91,6 +95,8 @@ def evaluate(
         recall: lengths in tokens of contexts to recall from; see `recall.py`.
         haystack: text around the needle, as `--dataset` takes it; None: the data set's, or else made-up sentences.
         generations: so many held-out prompts are continued greedily; from the data set, or else the sampled text.
+        retention: what was learned beside what was kept; see `retention.py`. The base may be left out if a model is an
+            adapter; agreement is measured on about `num_tokens` tokens of the data set, too.
         earlier: results of `evaluate` by name, to stand beside this one: their settings have to be the same.
         trust_remote_code: allow a checkpoint's own code to run.
         progress: shows what is measured.
@@ -99,8 +105,8 @@ def evaluate(
         `settings` and `rows`, one dict a model or ablation: what `perplexity.measures` finds on the data set;
         `self_perplexity`; `kl` in nats; `top1`: share of positions where base and model have the same most likely
         token; `top5`: share where the base's most likely token is among the model's five; each with its standard error;
-        `recall` and `generations`; `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_memory_bytes`,
-        `bytes`, `cache_bytes`; `tasks` (see `Tasks.run`).
+        `recall`, `generations`, `retention`; `prefill_tokens_per_second`, `decode_tokens_per_second`,
+        `peak_memory_bytes`, `bytes`, `cache_bytes`; `tasks` (see `Tasks.run`).
 
     Raises:
         KitError: before weights load, if the data cannot be read or is too little for what is asked, a task is unknown
@@ -108,6 +114,8 @@ def evaluate(
             be replaced; later, if a model cannot be loaded.
     """
     progress = progress or Progress()
+    if retention is not None:
+        base = check_base(models, base)
     folder = EvalFolder(output, resume=resume, overwrite=overwrite) if output else None
     first = base or next(iter(models.values()))
     tokenizer = first.load_tokenizer(trust_remote_code)
@@ -146,6 +154,9 @@ def evaluate(
     if generations:
         num_held_out = settings["dataset_tokens"] or settings["sampled_tokens"]
         settings["generations"] = texts.settings(generations, num_held_out, settings["dataset"] or "sampled text")
+    if retention is not None:
+        text.retention = read_retention_test(retention, text.windows, num_tokens)
+        settings["retention"] = text.retention.settings
     todo = ([("base", base, True)] if base else []) + [(name, model, False) for name, model in models.items()]
     harness = None
     if tasks is not None:
@@ -165,6 +176,8 @@ def evaluate(
             progress.log(f"note: {note}")
     for name, result in (earlier or {}).items():
         check_settings(name, {key: result["settings"].get(key) for key in settings}, "this run", settings)
+    if text.retention is not None:
+        measure_leaks(models, text.retention, dtype=dtype, device=device, progress=progress)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kit-eval-") as scratch:
         for name, checkpoint, is_base in todo:
@@ -181,11 +194,18 @@ def evaluate(
                 text.base_log_probs = _scratch_tensor(
                     Path(scratch) / "base", text.sampled.numel(), model.config.vocab_size
                 )
+            if is_base and text.retention is not None and text.retention.preserve is not None:
+                text.retention.base_log_probs = _scratch_tensor(
+                    Path(scratch) / "preserve", text.retention.preserve.numel(), model.config.vocab_size
+                )
             for variant, context in _variants(model, ablations and checkpoint is next(iter(models.values()), None)):
                 label = f"{name}, {variant}" if variant else name
                 with context:
                     row = {"name": label, **_quality(model, text, is_base, progress, label)}
                     row |= _recall_and_generations(model, tokenizer, text, progress, label)
+                    if text.retention is not None:
+                        found = measure_retention(label, model, tokenizer, text.retention, is_base, progress)
+                        row["retention"] = found
                     if not variant:
                         row |= _speed(model, device) if speed else {}
                         row["peak_memory_bytes"] = peak_memory()

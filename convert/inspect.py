@@ -69,7 +69,7 @@ def recommend(checkpoint: Checkpoint, recipes: list[Recipe], stats: ModelStats) 
     for recipe in recipes:
         if _refusal(recipe, facts) is None and (judged := recipe.suits(stats, facts)):
             options = [part for setting in judged.settings for part in ("--set", setting)]
-            command = shlex.join(["kit", "convert", checkpoint.source, "-r", recipe.name, *options, "-o", "OUT"])
+            command = shlex.join(["kit", recipe.command, checkpoint.source, "-r", recipe.name, *options, "-o", "OUT"])
             found.append({"recipe": recipe.name, "score": judged.score, "reason": judged.reason, "command": command})
     return sorted(found, key=lambda each: -each["score"])
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kit.convert.streaming import Activations, StreamedModel, TensorView
 
 PROBE_TOKENS = 96
+BYTES_EACH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass
@@ -85,7 +86,47 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
     Raises:
         KitError: on an unsupported architecture, an existing output, or too little disk.
     """
-    facts, bytes_each = ModelFacts.of(checkpoint), {"float32": 4, "bfloat16": 2, "float16": 2}
+    facts = ModelFacts.of(checkpoint)
+    for recipe in recipes:
+        if recipe.command != "convert":
+            raise KitError(
+                f"`kit convert` does not run recipe {recipe.name}",
+                where="--recipe",
+                next_step=f"run `kit {recipe.command} MODEL --recipe {recipe.name}`; see `kit {recipe.command} --help`",
+                exit_code=ExitCode.USAGE,
+            )
+    check_output(checkpoint, options)
+    dtype = output_dtype(checkpoint, options)
+    items = model_items(checkpoint)
+    added = 0
+    for recipe in recipes:
+        items += [PlanItem("recipe", recipe.name), *recipe.plan(facts)]
+        items.append(PlanItem("stages", ", ".join(f"{s.method} ({s.kind})" for s in recipe.active_stages()) or "none"))
+        added += recipe.new_parameters(facts)
+    total = checkpoint.num_parameters + added
+    sizes = [size for recipe in recipes if (size := recipe.result_bytes(facts)) is not None]
+    size = sizes[-1] if sizes else total * BYTES_EACH[dtype]
+    needed = int(size + 4 * added + (4 if _has_train_stage(recipes) else 0) * checkpoint.num_parameters)
+    tokens = max((r.config.data.num_samples * r.config.data.seq_len for r in recipes), default=0)
+    hidden = int(facts.config["hidden_size"])
+    embedding = int(facts.config["vocab_size"]) * hidden * 4
+    one_layer = (checkpoint.num_parameters * 4 - embedding) // facts.num_layers
+    items += [
+        PlanItem("result", f"{dtype}, {size_text(size)}, {added / 1e6:,.2f} M parameters added"),
+        PlanItem("memory, streamed", f"{size_text(embedding + 2 * one_layer + 5 * tokens * hidden * 4)} (rough)"),
+        PlanItem("memory, whole model", f"{size_text(total * 4)} + activations (verification and train stages)"),
+        disk_item(options.output, needed),
+        work_item(sum(recipe.flops_per_parameter() for recipe in recipes) * facts.active_parameters),
+    ]
+    return items
+
+
+def check_output(checkpoint: Checkpoint, options: Options) -> None:
+    """Refuse an output that must not be replaced, or a dtype that cannot be written.
+
+    Raises:
+        KitError: exit code 2.
+    """
     restore_old(options.output)
     if options.output.exists() and not options.overwrite:
         raise KitError(
@@ -108,66 +149,62 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
             next_step="choose another -o",
             exit_code=ExitCode.USAGE,
         )
-    dtype = output_dtype(checkpoint, options)
-    if dtype not in bytes_each:
+    if (dtype := output_dtype(checkpoint, options)) not in BYTES_EACH:
         raise KitError(
             f"cannot write weights as {dtype}",
             where="--dtype",
-            next_step=f"choose one of: auto, {', '.join(bytes_each)}",
+            next_step=f"choose one of: auto, {', '.join(BYTES_EACH)}",
             exit_code=ExitCode.USAGE,
         )
-    items = [
-        PlanItem(
-            "model", f"{checkpoint.source} ({facts.model_type}, {checkpoint.num_parameters / 1e6:,.1f} M parameters)"
-        ),
-        PlanItem("stored as", f"{checkpoint.dtype}, {_size(checkpoint.nbytes)}"),
-    ]
-    added = 0
-    for recipe in recipes:
-        items += [PlanItem("recipe", recipe.name), *recipe.plan(facts)]
-        items.append(PlanItem("stages", ", ".join(f"{s.method} ({s.kind})" for s in recipe.active_stages()) or "none"))
-        added += recipe.new_parameters(facts)
-    total = checkpoint.num_parameters + added
-    sizes = [size for recipe in recipes if (size := recipe.result_bytes(facts)) is not None]
-    size = sizes[-1] if sizes else total * bytes_each[dtype]
-    needed = int(size + 4 * added + (4 if _has_train_stage(recipes) else 0) * checkpoint.num_parameters)
-    parent = next(p for p in [options.output.absolute(), *options.output.absolute().parents] if p.exists())
-    free = shutil.disk_usage(parent).free
-    tokens = max((r.config.data.num_samples * r.config.data.seq_len for r in recipes), default=0)
-    hidden = int(facts.config["hidden_size"])
-    embedding = int(facts.config["vocab_size"]) * hidden * 4
-    one_layer = (checkpoint.num_parameters * 4 - embedding) // facts.num_layers
-    items += [
-        PlanItem("result", f"{dtype}, {_size(size)}, {added / 1e6:,.2f} M parameters added"),
-        PlanItem("memory, streamed", f"{_size(embedding + 2 * one_layer + 5 * tokens * hidden * 4)} (rough)"),
-        PlanItem("memory, whole model", f"{_size(total * 4)} + activations (verification and train stages)"),
-        PlanItem("disk", f"{_size(needed)} needed, {_size(free)} free"),
-        PlanItem("work", _work(facts.active_parameters, recipes)),
-    ]
-    if needed > free:
-        raise KitError(
-            f"too little disk: {_size(needed)} needed, {_size(free)} free",
-            where=str(parent),
-            next_step="free some space, or choose another -o",
-        )
-    return items
 
 
 def _is_something_else(output: Path) -> bool:
-    """Whether a file, or a folder that holds anything but a model, stands where the output should go."""
-    return output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / "config.json").exists())
+    """Whether a file, or a folder that holds anything but a model or an adapter, stands where the output should go."""
+    ours = ("config.json", "adapter_config.json")
+    holds_other = output.is_dir() and any(output.iterdir()) and not any((output / name).exists() for name in ours)
+    return output.is_file() or holds_other
+
+
+def model_items(checkpoint: Checkpoint) -> list[PlanItem]:
+    """What the model is."""
+    facts = ModelFacts.of(checkpoint)
+    size = f"{checkpoint.num_parameters / 1e6:,.1f} M parameters"
+    return [
+        PlanItem("model", f"{checkpoint.source} ({facts.model_type}, {size})"),
+        PlanItem("stored as", f"{checkpoint.dtype}, {size_text(checkpoint.nbytes)}"),
+    ]
+
+
+def disk_item(output: Path, needed: int) -> PlanItem:
+    """The bytes that a result and its work folder need, and those that are free.
+
+    Raises:
+        KitError: if they do not suffice.
+    """
+    parent = next(p for p in [output.absolute(), *output.absolute().parents] if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise KitError(
+            f"too little disk: {size_text(needed)} needed, {size_text(free)} free",
+            where=str(parent),
+            next_step="free some space, or choose another -o",
+        )
+    return PlanItem("disk", f"{size_text(needed)} needed, {size_text(free)} free")
+
+
+def work_item(flops: float) -> PlanItem:
+    """Floating-point operations, and how long a small machine takes for them."""
+    return PlanItem(
+        "work", f"{flops / 1e12:,.1f} TFLOP, about {flops / 8e10 / 60:,.0f} min on a 2-core CPU (80 GFLOP/s)"
+    )
 
 
 def _has_train_stage(recipes: list[Recipe]) -> bool:
     return any(stage.kind == "train" for recipe in recipes for stage in recipe.active_stages())
 
 
-def _work(parameters: int, recipes: list[Recipe]) -> str:
-    flops = sum(recipe.flops_per_parameter() * parameters for recipe in recipes)
-    return f"{flops / 1e12:,.1f} TFLOP, about {flops / 8e10 / 60:,.0f} min on a 2-core CPU (80 GFLOP/s)"
-
-
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in MB or GB."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
@@ -209,6 +246,22 @@ def convert(checkpoint: Checkpoint, recipes: list[Recipe], options: Options, pro
     put_in_place(run.work.output, options.output)
     run.work.remove()
     return report
+
+
+def committed_rows(work: WorkFolder, step: str, load: Callable[[], TokenRows]) -> TokenRows:
+    """Rows of data, committed so that a resumed run sees the same text."""
+    from safetensors.torch import load_file
+
+    from kit.convert.data import TokenRows
+
+    if (done := work.metrics(step)) is not None:
+        found = load_file(work.tensors(step))
+        return TokenRows(found["input_ids"], found["position_ids"], **done, learned=found.get("learned"))
+    rows = load()
+    tensors = {"input_ids": rows.input_ids, "position_ids": rows.position_ids, "learned": rows.learned}
+    summary = {"num_documents": rows.num_documents, "source": rows.source, "sha256": rows.sha256}
+    work.commit(step, {name: tensor for name, tensor in tensors.items() if tensor is not None}, summary)
+    return rows
 
 
 class _Conversion:
@@ -272,23 +325,17 @@ class _Conversion:
         """Calibration rows of a recipe, committed so that a resumed run sees the same text."""
         import torch
 
-        from kit.convert.data import TokenRows, load_rows
+        from kit.convert.data import load_rows
 
-        step, config = f"{number}-data", recipe.config
-        if (done := self.work.metrics(step)) is None:
+        config = recipe.config
+
+        def load() -> TokenRows:
             model = None
             if config.data.dataset == "self":
                 model = self.checkpoint.load_model(self.out_dtype, self.device)
-            rows = load_rows(config.data, self.tokenizer, seed=config.seed, model=model, progress=self.progress)
-            del model
-            tensors = {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
-            summary = {"num_documents": rows.num_documents, "source": rows.source, "sha256": rows.sha256}
-            self.work.commit(step, tensors, summary)
-        else:
-            from safetensors.torch import load_file
+            return load_rows(config.data, self.tokenizer, seed=config.seed, model=model, progress=self.progress)
 
-            tensors = load_file(self.work.tensors(step))
-            rows = TokenRows(tensors["input_ids"], tensors["position_ids"], **done)
+        rows = committed_rows(self.work, f"{number}-data", load)
         self.data_summaries.append({"recipe": recipe.name, "seed": config.seed, **rows.summary()})
         torch.manual_seed(config.seed)
         return rows
@@ -421,8 +468,10 @@ class _Conversion:
         done = self.work.metrics(step)
         if done is None:
             model = self.streamed(recipe.build(self.facts(self.config)), self.view, recipe.float32).resident()
-            done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress, original))
+            state = self.work.path / f"{step}.training"
+            done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress, original, state))
             self.work.commit(step, self.changed(model, ""), done)
+            state.unlink(missing_ok=True)
             del model
         self.view.lay_over(self.work.tensors(step))
         self.stats[f"{recipe.name}.{stage.method}"] = [done]

@@ -20,6 +20,7 @@ from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -197,6 +198,7 @@ class TrainRun:
         device: where the model lives.
         progress: report steps and losses here.
         original: makes the model before this recipe, one layer resident at a time: a teacher.
+        state: file in which `fit(checkpoint=...)` keeps a training, so that a killed one goes on where it was.
     """
 
     model: Any
@@ -204,6 +206,7 @@ class TrainRun:
     device: str
     progress: Progress
     original: Callable[[], StreamedModel]
+    state: Path
 
 
 @dataclass
@@ -235,6 +238,7 @@ class Recipe(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str] = ""
+    command: ClassVar[str] = "convert"  # of `kit`, that runs it
     config_class: ClassVar[type[RecipeConfig]]
     families: ClassVar[tuple[str, ...]] = ()
     ablation_note: ClassVar[str] = ""  # for the card: what the ablation rows of its table are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -70,20 +71,21 @@ def model_card(report: dict[str, Any], recipes: list[Recipe], name: str = "conve
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    source = report["model"]["source"]
-    on_hub = "/" in source and not Path(source).exists()
+    source, adapter = report["model"]["source"], report.get("adapter")
     own = Node.document("kit_report.json", report)
     measurements = [evaluation for evaluation in [own.get("evaluation")] if evaluation] + list(results)
-    title = f"{source.rstrip('/').split('/')[-1]}, converted with {' and '.join(recipe.name for recipe in recipes)}"
+    done = "adapted" if adapter else "converted"
+    title = f"{source.rstrip('/').split('/')[-1]}, {done} with {' and '.join(recipe.name for recipe in recipes)}"
+    relation = "finetune" if adapter and adapter["merged"] else recipes[-1].base_model_relation
     measured = eval_results(measurements, name)
     data = ModelCardData(
         model_name=title if measured else None,
         eval_results=measured or None,
-        base_model=source if on_hub else None,
-        base_model_relation=recipes[-1].base_model_relation if on_hub else None,
-        library_name="transformers",
+        base_model=hub_id(source),
+        base_model_relation=relation if hub_id(source) else None,
+        library_name="peft" if adapter and not adapter["merged"] else "transformers",
         pipeline_tag="text-generation",
-        tags=["kit", *(recipe.name for recipe in recipes)],
+        tags=["kit", *(["lora"] if adapter else []), *(recipe.name for recipe in recipes)],
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = environment.from_string(files("kit.convert").joinpath("card.md.jinja").read_text(encoding="utf-8"))
@@ -93,10 +95,31 @@ def model_card(report: dict[str, Any], recipes: list[Recipe], name: str = "conve
         summary=in_markdown(summary(own, measurements, name)),
         results=[(markdown_table(m["rows"].value), in_markdown(measured_on(m))) for m in results],
         report=report,
+        adapter=adapter,
+        losses=loss_table([loss for stage in report["stages"].values() for loss in stage[0]["losses"]])
+        if adapter
+        else "",
         recipes=recipes,
         recipe_yaml=recipe_yaml(recipes),
         table=markdown_table(report.get("evaluation", {}).get("rows", [])),
     )
+
+
+def hub_id(source: str) -> str | None:
+    """A model's id on the hub, if it was named by one."""
+    return source if "/" in source and not Path(source).exists() else None
+
+
+def loss_table(losses: list[float]) -> str:
+    """A training's losses as a Markdown table: means over eighths of it."""
+    bounds = [round(len(losses) * part / 8) for part in range(9)]
+    parts = [(start, end) for start, end in itertools.pairwise(bounds) if end > start]
+    lines = [
+        ["updates", *(f"{start + 1}–{end}" if end > start + 1 else f"{end}" for start, end in parts)],
+        ["---"] * (len(parts) + 1),
+        ["loss", *(f"{sum(losses[start:end]) / (end - start):.3f}" for start, end in parts)],
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if parts else ""
 
 
 def renew_card(folder: Path, recipes: list[Recipe], results: list[Path]) -> Path:

@@ -15,7 +15,12 @@ from kit.convert.report import table_cells
 def print_details(console: Console, result: dict[str, Any]) -> None:
     """Print what the rows of an evaluation hold beside single figures, and the continuations under one another."""
     rows, settings = result["rows"], result["settings"]
-    tables = (position_table(rows), recall_table(rows, settings), generations_table(rows, settings))
+    tables = (
+        position_table(rows),
+        recall_table(rows, settings),
+        generations_table(rows, settings),
+        retention_table(rows, settings),
+    )
     for table in filter(None, tables):
         console.print(table)
     with_texts = [row for row in rows if row.get("generations")]
@@ -87,6 +92,45 @@ def generations_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> T
         f"Greedy continuations, up to {asked['new_tokens']} tokens of {asked['prompts']} prompts from {asked['from']}"
     )
     return _table(title, ["model", "4-grams repeated", "loop or empty"], cells)
+
+
+def retention_table(rows: list[dict[str, Any]], settings: dict[str, Any]) -> Table | None:
+    """What was learned and what was kept, a row a model; columns that nobody measured are left out."""
+    rows = [row for row in rows if "retention" in row]
+    if not rows:
+        return None
+
+    def error(found: dict[str, Any], key: str, form: str) -> str:
+        if key not in found:
+            return ""
+        text = form.format(found[key])
+        known = found.get(f"{key}_stderr")
+        return text + (f" ± {form.format(known)}" if known is not None and known == known else "")
+
+    columns: dict[str, list[str]] = {}
+    for key, title, form in (
+        ("exact", "exact", "{:.1%}"),
+        ("contains", "contains", "{:.1%}"),
+        ("log_likelihood", "nats of the answer", "{:.2f}"),
+    ):
+        columns[title] = [error(row["retention"]["target"], key, form) for row in rows]
+    columns["perplexity"] = [error(row, "perplexity", "{:.2f}") for row in rows]
+    for key, title, form in (("kl", "KL to base", "{:.4f}"), ("top1", "top-1 same", "{:.1%}")):
+        columns[title] = [error(row["retention"].get("preserve", {}), key, form) for row in rows]
+    for task in rows[0].get("tasks", {}):
+        columns[task] = []
+        for row in rows:
+            entry = row["tasks"][task]
+            value = entry["metrics"].get(entry["main"]) if entry["main"] else None
+            columns[task].append("" if value is None else f"{value:.4f}")
+    leaks = [row["retention"].get("leak") for row in rows]
+    columns["leak"] = [f"{leak['mean']:.2%} (chance {leak['chance']:.2%})" if leak else "" for leak in leaks]
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    about = settings["retention"]
+    kept = f", kept: {settings['dataset']}, KL on {about['preserve_tokens']:,} tokens" if settings["dataset"] else ""
+    title = f"Learned: {about['questions']} questions of {about['target']}{kept}"
+    lines = ([row["name"], *cells] for row, *cells in zip(rows, *columns.values(), strict=True))
+    return _table(title, ["model", *columns], lines)
 
 
 def comparison_table(comparisons: list[dict[str, Any]]) -> Table | None:

@@ -1,18 +1,25 @@
-"""The one training loop: AdamW, warm-up and cosine decay, clipping, on accelerate."""
+"""The one training loop: AdamW, warm-up and cosine decay, clipping, on accelerate; killed, it goes on where it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from kit.convert.errors import KitError
+from kit.convert.errors import ExitCode, KitError
 from kit.convert.progress import Progress
+from kit.convert.work import disk_errors
 
 if TYPE_CHECKING:
     from kit.convert.recipe import TrainConfig
+
+SAVE_EVERY = 25  # updates
 
 
 def bf16_is_fast(device: str) -> bool:
@@ -31,6 +38,9 @@ def fit(
     device: str,
     name: str,
     progress: Progress,
+    row_weights: Tensor | None = None,
+    checkpoint: Path | None = None,
+    save_every: int = SAVE_EVERY,
 ) -> list[float]:
     """Minimise a loss over rows of data.
 
@@ -43,55 +53,157 @@ def fit(
         device: "cpu" or a CUDA device.
         name: for error messages.
         progress: gets the loss of every step.
+        row_weights: (num_rows,), what rows count in an update's mean, for example their numbers of labels; None: 1.
+        checkpoint: file that keeps the state of the training: parameters, optimizer, step, random numbers. If it is
+            there, training goes on from it, and takes the same steps as if it had never stopped.
+        save_every: updates between two writes of it; it is also written on an interrupt.
 
     Returns:
         The loss of each update.
 
     Raises:
-        KitError: if the loss is not finite; the parameters keep their last finite values.
+        KitError: if the loss is not finite; the parameters keep their last finite values. If `checkpoint` is of another
+            training, or cannot be written.
     """
     from accelerate import Accelerator
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
     trained = [parameter.requires_grad_(True) for parameter in parameters]
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
-    optimizer = accelerator.prepare(
-        torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    )
+    adamw = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    described = {"options": config.model_dump(mode="json"), "seed": seed, "num_rows": num_rows}
+    losses: list[float] = []
+    if checkpoint is not None and checkpoint.exists():
+        losses = _restore(checkpoint, trained, adamw, described, device)
+        progress.step(len(losses))
+    for group in adamw.param_groups:
+        group["initial_lr"] = config.learning_rate
+    optimizer = accelerator.prepare(adamw)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, round(config.warmup_ratio * config.steps), config.steps, min_lr_rate=0.1
+        optimizer,
+        round(config.warmup_ratio * config.steps),
+        config.steps,
+        min_lr_rate=0.1,
+        last_epoch=len(losses) - 1,
     )
-    order = _row_order(num_rows, seed)
-    losses = []
-    for step in range(config.steps):
-        batch = torch.tensor([next(order) for _ in range(min(config.batch_size, num_rows))])
-        micro = batch.split(config.micro_batch_size or len(batch))
-        total = 0.0
-        for rows in micro:
-            with accelerator.autocast():
-                loss = loss_of(rows) * (len(rows) / len(batch))
-            accelerator.backward(loss)
-            total += float(loss.detach())
-        if not torch.isfinite(torch.tensor(total)):
-            raise KitError(
-                f"the loss of {name} is {total} at step {step + 1}",
-                where=f"{name}: learning_rate={config.learning_rate}",
-                next_step="lower the learning rate (for example --set "
-                + name
-                + f".learning_rate={config.learning_rate / 10:g})",
-            )
-        accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
-        progress.step(loss=total)
+    batch_size = min(config.batch_size, num_rows)
+    order = islice(_row_order(num_rows, seed), len(losses) * batch_size, None)
+    weights = torch.ones(num_rows) if row_weights is None else row_weights.float()
+    random_state, whole = _random_state(device), True
+    try:
+        for step in range(len(losses), config.steps):
+            random_state = _random_state(device)
+            batch = torch.tensor([next(order) for _ in range(batch_size)])
+            total = 0.0
+            for rows in batch.split(config.micro_batch_size or len(batch)):
+                share = float(weights[rows].sum() / weights[batch].sum().clamp(min=1e-30))
+                if share == 0:  # the mean over no labels is NaN
+                    continue
+                with accelerator.autocast():
+                    loss = loss_of(rows) * share
+                accelerator.backward(loss)
+                total += float(loss.detach())
+            if not torch.isfinite(torch.tensor(total)):
+                raise KitError(
+                    f"the loss of {name} is {total} at step {step + 1}",
+                    where=f"{name}: learning_rate={config.learning_rate}",
+                    next_step="lower the learning rate (for example --set "
+                    + name
+                    + f".learning_rate={config.learning_rate / 10:g})",
+                )
+            accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+            whole = False  # an interrupt from here on would leave some parameters behind the others
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(total)
+            random_state, whole = _random_state(device), True
+            progress.step(loss=total)
+            if checkpoint is not None and (len(losses) % save_every == 0 or len(losses) == config.steps):
+                _save(checkpoint, trained, adamw, described, losses, random_state)
+    except KeyboardInterrupt:
+        if checkpoint is not None and whole and losses:
+            _save(checkpoint, trained, adamw, described, losses, random_state)
+        raise
     for parameter in trained:
         parameter.requires_grad_(False)
     return losses
 
 
-def _row_order(num_rows: int, seed: int):
+def _row_order(num_rows: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(num_rows, generator=generator).tolist()
+
+
+def _random_state(device: str) -> dict[str, Tensor]:
+    """The state of the generators that dropout draws from."""
+    state = {"random.cpu": torch.get_rng_state()}
+    return state | ({} if device == "cpu" else {"random.cuda": torch.cuda.get_rng_state(device)})
+
+
+def _save(
+    file: Path,
+    trained: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    described: dict[str, Any],
+    losses: list[float],
+    random_state: dict[str, Tensor],
+) -> None:
+    """Write the state of a training, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = dict(random_state)
+    for number, parameter in enumerate(trained):
+        state = optimizer.state[parameter] | {"value": parameter.detach()}
+        tensors |= {f"{number}.{key}": value.cpu().contiguous() for key, value in state.items()}
+    part = file.with_suffix(".part")
+    with disk_errors(file):
+        save_file(tensors, part, metadata={"training": json.dumps(described), "losses": json.dumps(losses)})
+        os.replace(part, file)
+
+
+def _restore(
+    file: Path,
+    trained: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    described: dict[str, Any],
+    device: str,
+) -> list[float]:
+    """Take up a training where `_save` left it.
+
+    Returns:
+        The losses until then.
+
+    Raises:
+        KitError: if it is of another training.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no mapping)
+            metadata = stored.metadata()
+        if json.loads(metadata["training"]) != json.loads(json.dumps(described)):
+            raise ValueError("its options, seed or data are others")
+        values = [tensors[f"{number}.value"] for number in range(len(trained))]
+        if [v.shape for v in values] != [p.shape for p in trained] or f"{len(trained)}.value" in tensors:
+            raise ValueError("its parameters are others")
+        losses = [float(loss) for loss in json.loads(metadata["losses"])]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise KitError(
+            f"the state of a killed training cannot be taken up: {error}",
+            where=str(file),
+            next_step="run the command that was killed, unchanged, with --resume; or start again with --overwrite",
+            exit_code=ExitCode.USAGE,
+        ) from error
+    for number, (parameter, value) in enumerate(zip(trained, values, strict=True)):
+        parameter.data.copy_(value)
+        keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in tensors]
+        for key in keys:  # none for a parameter that never had a gradient
+            moment = tensors[f"{number}.{key}"]
+            optimizer.state[parameter][key] = moment if key == "step" else moment.to(parameter.device)
+    torch.set_rng_state(tensors["random.cpu"])
+    if device != "cpu" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    return losses

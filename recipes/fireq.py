@@ -685,6 +685,7 @@ class Fireq(Recipe):
                 device=device,
                 name="tune",
                 progress=run.progress,
+                checkpoint=run.state,
             )
         grid = Grid(None, fp8_scales=self.config.fp8_scales)
         for module, name in trained:

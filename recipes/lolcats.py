@@ -291,6 +291,7 @@ class Lolcats(Recipe):
                 device=device,
                 name="lora",
                 progress=run.progress,
+                checkpoint=run.state,
             )
         model.eval()
         model.merge_and_unload()

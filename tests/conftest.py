@@ -12,7 +12,17 @@ if not torch.cuda.is_available():
 
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from kit.convert.progress import Progress
 
 SHAPE = {
     "vocab_size": 96,
@@ -51,6 +61,83 @@ def make_model(tmp_path_factory):
         return folder
 
     return make
+
+
+IMAGE_TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+
+
+def _tiny_llava():
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    config = LlavaConfig(text_config={"model_type": "llama", **IMAGE_TEXT}, vision_config=vision, image_token_id=95)
+    ids = torch.cat([torch.full((2, 4), 95), torch.arange(4, 14).view(2, 5)], 1)  # an image is 4 patches
+    return LlavaForConditionalGeneration(config).eval(), {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+def _tiny_qwen():
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+    }
+    special = {"bos_token_id": 1, "eos_token_id": 2, "image_token_id": 95, "vision_start_token_id": 94}
+    config = Qwen2_5_VLConfig(
+        text_config={**IMAGE_TEXT, "rope_parameters": rope} | special, vision_config=vision, **special
+    )
+    ids = torch.cat([torch.tensor([[94, 95, 95, 95, 95]] * 2), torch.arange(4, 14).view(2, 5)], 1)
+    pixels = {"pixel_values": torch.randn(32, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+    kinds = {"mm_token_type_ids": (ids == 95).int()}
+    return Qwen2_5_VLForConditionalGeneration(config).eval(), {"input_ids": ids, **pixels, **kinds}
+
+
+@pytest.fixture
+def make_image_model():
+    """A function that makes a tiny random model that takes images, and a batch of two texts with an image each."""
+
+    def make(family, seed=0):
+        torch.manual_seed(seed)
+        return {"llava": _tiny_llava, "qwen2_5_vl": _tiny_qwen}[family]()
+
+    return make
+
+
+class InterruptTraining(Progress):
+    """Interrupts after so many updates of a training whose progress is shown."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def step(self, advance=1, **values):
+        self.left -= advance if "loss" in values else 0
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupt_training():
+    """The class, to be made with the number of updates."""
+    return InterruptTraining
 
 
 WITHOUT_KIT = """

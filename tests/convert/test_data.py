@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kit.convert.data import (
     DataConfig,
     TokenRows,
+    TrainDataConfig,
     load_rows,
     pack,
     perplexity_windows,
@@ -251,7 +252,7 @@ BROKEN = {
     "broken.parquet": (b"PAR1", "cannot be read"),
     "columns.jsonl": (b'{"query": "q", "gold": 1}', "columns are not understood: query, gold"),
     "turns.jsonl": (b'{"messages": ["a"]}', "no list of role and content"),
-    "type.jsonl": (b'{"question": "q", "answer": ["a", "b"]}', "column 'answer' holds a list"),
+    "type.jsonl": (b'{"question": ["q", "r"], "answer": "a"}', "column 'question' holds a list"),
     "number.jsonl": (b'{"text": 3}', "column 'text' holds a int"),
 }
 
@@ -406,3 +407,127 @@ def test_import_is_light():
     code = "import sys, kit.convert.data; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def learned_text(rows, tokenizer):
+    """The learned words of each row."""
+    return [tokenizer.decode(ids[labels != -100]) for ids, labels in zip(rows.input_ids, rows.labels, strict=True)]
+
+
+def train_rows(path, tokenizer, **change):
+    options = {"dataset": str(path), "seq_len": 16} | change
+    return load_rows(TrainDataConfig(**options), tokenizer, seed=0)
+
+
+CHAT = [
+    {"role": "user", "content": "w1 w2"},
+    {"role": "assistant", "content": " w3 w1 "},
+    {"role": "user", "content": "w3"},
+    {"role": "assistant", "content": "w4"},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        (None, "w3 w1 w4 </s>"),
+        ("{% for m in messages %} {{ m.role }} {{ m.content }} </s>\n{% endfor %}", "w3 w1 </s> w4 </s>"),
+        ("{% for m in messages %} {{ m.role }} {{ m.content | trim }} </s>\n{% endfor %}", "w3 w1 </s> w4 </s>"),
+        # as Qwen3's: the last answer is written in another way than those before it
+        (
+            "{% for m in messages %}{{ m.role }} {% if loop.last %}w9 w9 {% endif %}{{ m.content }} </s>\n{% endfor %}",
+            "w3 w1 </s> w4 </s>",
+        ),
+    ],
+)
+def test_of_a_conversation_the_answers_are_learned_and_that_they_end(template, learned, tmp_path):
+    tokenizer = make_tokenizer(template)
+    path = write_rows(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    rows = train_rows(path, tokenizer)
+    assert learned_text(rows, tokenizer) == [learned]
+    everything = train_rows(path, tokenizer, loss_on="all")
+    assert torch.equal(everything.input_ids, rows.input_ids)
+    length = [*(rows.position_ids[0] == 0).nonzero().flatten().tolist(), 16][1]  # the rest is padding
+    assert (everything.labels[0] != -100).tolist() == [0 < place < length for place in range(16)]
+    assert rows.summary()["learned_tokens"] == len(learned.split())
+
+
+def test_text_is_learned_whole_and_a_conversation_without_answers_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = train_rows(write_rows(tmp_path / "text.jsonl", [{"text": "w1 w2 w3"}]), tokenizer)
+    assert learned_text(rows, tokenizer) == ["w2 w3 </s>"]  # nothing stands before w1
+    path = write_rows(tmp_path / "asked.jsonl", [{"messages": CHAT[:1]}])
+    with pytest.raises(KitError, match="there is an answer to learn"):
+        train_rows(path, make_tokenizer(TEMPLATE))
+
+
+def test_of_several_answers_the_first_is_taken(tmp_path):
+    path = write_rows(tmp_path / "nq.jsonl", [{"question": "w1", "answer": ["w2", "w3"]}])
+    assert list(read_documents(path)) == ["w1\n\nw2"]
+
+
+def test_a_template_that_changes_answers_is_refused(tmp_path):
+    path = write_rows(tmp_path / "chat.jsonl", [{"messages": CHAT}])
+    upper = make_tokenizer("{% for m in messages %}{{ m.content | replace('w', 'v') }} {% endfor %}")
+    with pytest.raises(KitError, match="changes the answers"):
+        train_rows(path, upper)
+
+
+def test_no_answer_loses_its_prompt_and_nothing_else_is_learned(tmp_path):
+    """Every document stands in one row, whole; what is learned is the answers and the closing token, each once."""
+    tokenizer = make_tokenizer()
+    draw = random.Random(0)
+    data = [
+        {"prompt": " ".join(draw.choices(WORDS, k=draw.randint(1, 6))), "answer": f"w{i} " * draw.randint(1, 5)}
+        for i in range(40)
+    ]
+    rows = train_rows(write_rows(tmp_path / "qa.jsonl", data), tokenizer)
+    found = []
+    for ids, positions, labels in zip(rows.input_ids, rows.position_ids, rows.labels, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            learned = labels[start:end] != -100
+            if learned.any():
+                assert learned.tolist() == sorted(learned.tolist())  # the answer is the end
+                found.append((tokenizer.decode(ids[start:end]), tokenizer.decode(ids[start:end][learned])))
+            else:
+                assert set(ids[start:end].tolist()) == {tokenizer.eos_token_id}  # padding
+    expected = [(f"{row['prompt']} {row['answer']}</s>", f"{row['answer']}</s>") for row in data]
+    assert sorted(found) == sorted(expected)
+    tokens = sum(len(text.split()) for text, _ in expected)
+    assert tokens / rows.input_ids.numel() > 0.85  # best fit wastes little
+    assert rows.num_documents == len(data)
+
+
+def test_rows_of_training_are_limited_and_long_documents_are_cut(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = train_rows(write_words(tmp_path / "text.jsonl", documents=3, length=40), tokenizer, num_samples=2)
+    assert rows.input_ids.shape == (2, 16)
+    long = [{"prompt": "w1 " * 20, "answer": "w2"}]
+    rows = train_rows(write_rows(tmp_path / "long.jsonl", long), tokenizer)
+    assert learned_text(rows, tokenizer) == ["w2 </s>"]
+
+
+def test_other_packings_keep_what_is_learned(tmp_path):
+    tokenizer = make_tokenizer()
+    data = [{"prompt": "w1 w1 w1", "answer": "w2 w2"}] * 8
+    rows = train_rows(write_rows(tmp_path / "qa.jsonl", data), tokenizer, packing="concat", seq_len=6)
+    assert rows.input_ids.shape == (8, 6)
+    assert learned_text(rows, tokenizer) == ["w2 w2 </s>"] * 8
+
+
+def test_words_of_several_tokens_are_learned_whole(tmp_path):
+    """By a byte-level tokenizer: characters of several tokens, spaces that belong to a word's token."""
+    from tokenizers import decoders
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    from tokenizers.trainers import BpeTrainer
+
+    trainer = BpeTrainer(vocab_size=280, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trained.train_from_iterator(["the answer is"] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="</s>", pad_token="</s>")
+    path = write_rows(tmp_path / "qa.jsonl", [{"prompt": "what 漢字 is it?", "answer": "the 漢字 answer…"}])
+    rows = train_rows(path, tokenizer, seq_len=64)
+    assert learned_text(rows, tokenizer) == ["the 漢字 answer…</s>"]

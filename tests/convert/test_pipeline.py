@@ -81,6 +81,17 @@ def test_attention_transfer_lowers_the_error_of_every_layer(converted):
         assert layer["relative_error"] < layer["relative_error_before"]
 
 
+def test_a_killed_train_stage_goes_on_where_it_was(converted, llama, tmp_path, interrupt_training):
+    checkpoint, output = open_checkpoint(str(llama)), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(checkpoint, lolcats(), Options(output, eval_tokens=0, device="cpu"), interrupt_training(2))
+    rest = interrupt_training(1000)
+    convert(checkpoint, lolcats(), Options(output, eval_tokens=0, device="cpu", resume=True), rest)
+    assert rest.left == 999  # of three updates
+    before, after = (load_file(folder / "model.safetensors") for folder in (converted[0], output))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_only_what_the_recipe_trains_has_changed(converted, llama):
     before, after = load_file(llama / "model.safetensors"), load_file(converted[0] / "model.safetensors")
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}

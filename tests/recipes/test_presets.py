@@ -15,8 +15,9 @@ def test_every_preset_loads_and_opens_with_what_command_and_override():
         assert load_recipes(name)[0].name == preset.recipe
         lines = preset.text.splitlines()
         assert lines[0].startswith("# ")
-        assert lines[1].startswith("# Run:      kit convert ")
-        assert lines[2].startswith("# Override: kit convert ")
+        command = available()[preset.recipe].command
+        assert lines[1].startswith(f"# Run:      kit {command} ")
+        assert lines[2].startswith(f"# Override: kit {command} ")
 
 
 def test_every_recipe_has_a_preset_of_its_name_a_summary_and_described_options():
