@@ -12,7 +12,7 @@ from torch import Tensor
 from kit.kernels.linear_attention.blocks import load_map
 from kit.kernels.linear_attention.decode_kernel import gated_step as gated_step_kernel
 from kit.kernels.linear_attention.decode_kernel import hybrid_step as hybrid_step_kernel
-from kit.kernels.linear_attention.launch import SLOTS, namespace, refuse_dims, triton
+from kit.kernels.linear_attention.launch import SLOTS, namespace, on_device_of, refuse_dims, triton
 
 NAMESPACE = namespace(__file__, hybrid_step_kernel, load_map)
 
@@ -37,7 +37,9 @@ class HybridState:
     sink_v: Tensor
 
     @classmethod
-    def empty(cls, k: Tensor, v: Tensor, *, map_heads: int, features: int, window_size: int, num_sinks: int = 0):
+    def empty(
+        cls, k: Tensor, v: Tensor, *, map_heads: int, features: int, window_size: int, num_sinks: int = 0
+    ) -> HybridState:
         """The state before the first token, for keys like k (B, G, ..., D) and values like v (B, G, ..., V)."""
         batch, heads = k.shape[:2]
         fp32: Any = {"dtype": torch.float32, "device": k.device}
@@ -82,16 +84,19 @@ def _hybrid_step(
     map_heads, width, window = map_k.shape[0], v.shape[-1], ring_k.shape[2] - 1
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
     columns = _value_columns(width, batch * map_heads)
-    hybrid_step_kernel[(width // columns, map_heads, batch)](
-        q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
-        sink_v if sink_v.numel() else q, position, ring_k, ring_v, states, sums, out, *q.stride()[:2], *k.stride()[:2],
-        *v.stride()[:2], k.shape[1], map_heads, scale, math.log(linear_weight) if linear_weight > 0 else 0.0,
-        HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None, SINKS=sink_k.shape[2],
-        WINDOW=window, SLOTS=triton.next_power_of_2(window + 1), QUERIES=heads // map_heads, DIM=dim,
-        HALF=map_q.shape[-1], V=width, BV=columns,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
-        num_warps=4,
-    )  # fmt: skip
+    with on_device_of(q):
+        hybrid_step_kernel[(width // columns, map_heads, batch)](
+            q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
+            sink_v if sink_v.numel() else q, position, ring_k, ring_v, states, sums, out,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k.shape[1], map_heads, scale,
+            math.log(linear_weight) if linear_weight > 0 else 0.0,
+            HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None,
+            SINKS=sink_k.shape[2], WINDOW=window, SLOTS=triton.next_power_of_2(window + 1),
+            QUERIES=heads // map_heads, DIM=dim,
+            HALF=map_q.shape[-1], V=width, BV=columns,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -106,7 +111,7 @@ def hybrid_step(
     v: Tensor,
     feature_map_q: Tensor,
     feature_map_k: Tensor,
-    window_factor: Tensor,
+    log_window_factor: Tensor,
     state: HybridState,
     position: Tensor,
     *,
@@ -121,7 +126,7 @@ def hybrid_step(
         q: (B, H, D), after RoPE.
         k, v: (B, G, D) and (B, G, V).
         feature_map_q, feature_map_k: (H, D, F/2) and (L, D, F/2), in the dtype that prefill used.
-        window_factor: (H,), g.
+        log_window_factor: (H,) fp32, log g.
         state: what came before; updated.
         position: (B,) int32 on the device, tokens that each sequence had before this one. The caller adds 1 after the
             last layer.
@@ -136,7 +141,14 @@ def hybrid_step(
     dims = {"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]}
     if reason := refuse_dims(**dims):
         raise ValueError(reason)
-    log_factor = window_factor.float().log() + (math.log(window_weight) if window_weight > 0 else 0.0)
+    if q.shape[1] > 16 * len(feature_map_k) or state.ring_k.shape[2] > 512:
+        raise ValueError(
+            "hybrid_step takes at most 16 query heads a state and windows of at most 511, got "
+            f"{q.shape[1] // len(feature_map_k)} and {state.ring_k.shape[2] - 1}"
+        )
+    log_factor = log_window_factor
+    if window_weight not in (0, 1):
+        log_factor = log_factor + math.log(window_weight)
     meta = None if meta_logit is None else meta_logit.float()
     return _hybrid_step(
         q, k, v, feature_map_q.contiguous(), feature_map_k.contiguous(), log_factor, meta, position, state.ring_k,
@@ -162,13 +174,16 @@ def _gated_step(
     width, features = v.shape[-1], states.shape[2]
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
     columns = _value_columns(width, batch * heads)
-    gated_step_kernel[(width // columns, heads, batch)](
-        q, k, v, sums if log_gate is None else log_gate, q if map_q is None else map_q, k if map_k is None else map_k,
-        position, states, sums, out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        *((0, 0) if log_gate is None else log_gate.stride()), heads, heads // k.shape[1],
-        1 if map_k is None else heads // map_k.shape[0], scale, HAS_GATE=log_gate is not None,
-        HAS_MAP=map_q is not None, NORMALIZE=normalize, DIM=dim, HALF=features // 2, V=width, BV=columns, num_warps=4,
-    )  # fmt: skip
+    with on_device_of(q):
+        gated_step_kernel[(width // columns, heads, batch)](
+            q, k, v, sums if log_gate is None else log_gate, q if map_q is None else map_q,
+            k if map_k is None else map_k, position, states, sums, out,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+            *((0, 0) if log_gate is None else log_gate.stride()), heads, heads // k.shape[1],
+            1 if map_k is None else heads // map_k.shape[0], scale, HAS_GATE=log_gate is not None,
+            HAS_MAP=map_q is not None, NORMALIZE=normalize, DIM=dim, HALF=features // 2, V=width, BV=columns,
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +16,10 @@ from torch import Tensor
 from kit.kernels.linear_attention.gated_reference import channel_gated_linear_attention as channel_gated_reference
 from kit.kernels.linear_attention.gated_reference import gated_delta_rule as delta_rule_reference
 from kit.kernels.linear_attention.gated_reference import gated_linear_attention as gated_reference
+from kit.kernels.linear_attention.reference import check_shapes, sequence_bounds
 from kit.kernels.linear_attention.reference import hybrid_attention as hybrid_reference
-from kit.kernels.linear_attention.reference import sequence_bounds
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @functools.cache
@@ -80,33 +81,61 @@ def hybrid_attention(
         ValueError: on shapes that do not fit, or that `backend="triton"` cannot take, naming them.
     """
     ops = _chosen(backend, v)
-    shapes = (q, v, feature_map_q, window_size, options.get("terrace", False), options.get("num_sinks", 0))
-    if ops is not None and backend is None:
-        reason = ops.hybrid_unsupported(*shapes)
-        if reason:
-            _warn_once(reason)
-        if reason or q.shape[2] <= window_size:
-            ops = None
-    maps = (feature_map_q, feature_map_k, window_factor)
-    if ops is None:
-        return hybrid_reference(
-            q, k, v, *maps, window_size=window_size, key_mask=key_mask, segment_ids=segment_ids, **options
+    maps = (feature_map_q, feature_map_k)
+    state, segments = options.get("state"), segment_ids
+    whole_only = options.get("terrace", False) or options.get("num_sinks", 0) > 0
+    check_shapes(q, k, *maps, window_size, state, segments, whole_only=whole_only)
+    bounds = None
+    if ops is not None:
+        learned = (q, k, v, *maps, window_factor, options.get("meta_logit"), state)
+        reason = ops.hybrid_unsupported(
+            q, v, feature_map_q, window_size, options.get("terrace", False), options.get("num_sinks", 0)
         )
-    bounds = None if key_mask is None and segment_ids is None else _bounds(key_mask, segment_ids)
-    return ops.hybrid(q.to(v.dtype), k.to(v.dtype), v, *maps, window_size=window_size, bounds=bounds, **options)
+        reason = reason or _unsupported_masks(
+            q, k, state, learned, key_mask, segments, options.get("return_state", False)
+        )
+        if reason is None and (key_mask is not None or segments is not None):
+            try:
+                bounds = sequence_bounds(key_mask, segments)
+            except ValueError as error:
+                reason = str(error)
+        if _falls_back(backend, reason) or (backend is None and q.shape[2] <= window_size):
+            ops = None
+    if ops is None:
+        masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segments}
+        return hybrid_reference(
+            q, k, v, feature_map_q, feature_map_k, window_factor, window_size=window_size, **masks, **options
+        )
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    return ops.hybrid(q, k, v, *maps, window_factor, window_size=window_size, bounds=bounds, **options)
 
 
-_known_bounds: list[tuple[Any, int, Tensor]] = []  # of the last mask: every layer of a model asks for the same
+def _falls_back(backend: str | None, reason: str | None) -> bool:
+    """Whether the kernels cannot take a call for a reason: then they are left, or, if they were asked for, refuse.
+
+    Raises:
+        ValueError: with backend "triton".
+    """
+    if reason is None:
+        return False
+    if backend == "triton":
+        raise ValueError(reason)
+    _warn_once(reason)
+    return True
 
 
-def _bounds(key_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-    mask = key_mask if key_mask is not None else segment_ids
-    assert mask is not None
-    if _known_bounds and _known_bounds[0][0]() is mask and _known_bounds[0][1] == mask._version:
-        return _known_bounds[0][2]
-    bounds = sequence_bounds(key_mask, segment_ids)
-    _known_bounds[:] = [(weakref.ref(mask), mask._version, bounds)]
-    return bounds
+def _unsupported_masks(q, k, state, learned, key_mask, segment_ids, return_state: bool) -> str | None:
+    """Why the hybrid kernels cannot take a call's masks, state and gradients together; None if they can."""
+    carried = state is not None or k.shape[2] != q.shape[2]
+    if carried and key_mask is not None:
+        return "the Triton kernels take no key mask with past keys or a state"
+    if key_mask is not None and segment_ids is not None:
+        return "the Triton kernels take a key mask or segment ids, not both"
+    if return_state and segment_ids is not None:
+        return "the Triton kernels return no state of packed sequences"
+    if carried and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned):
+        return "the Triton kernels cannot be trained from a state on"
+    return None
 
 
 def gated_linear_attention(
@@ -126,9 +155,12 @@ def gated_linear_attention(
         ValueError: on shapes that `backend="triton"` cannot take, naming them.
     """
     ops = _chosen(backend, v)
-    if ops is not None and backend is None and (reason := ops.gated_unsupported(q, v, feature_map_q)):
-        _warn_once(reason)
-        ops = None
+    if ops is not None:
+        reason = ops.gated_unsupported(q, v, feature_map_q)
+        if options.get("return_state") and not options.get("normalize", True):
+            reason = "the Triton kernels return a state with normalize=True only: else they know no denominators"
+        if _falls_back(backend, reason):
+            ops = None
     if ops is None:
         return gated_reference(q, k, v, log_gate, feature_map_q, feature_map_k, **options)
     return ops.gated(q.to(v.dtype), k.to(v.dtype), v, log_gate, feature_map_q, feature_map_k, **options)
@@ -139,9 +171,9 @@ def channel_gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Gated linear attention with a gate for each channel of k, as in `gated_reference`.
 
-    On CUDA it is flash-linear-attention's kernel where that library is installed, PyTorch elsewhere.
+    In 16 bits on CUDA it is flash-linear-attention's kernel where that library is installed, PyTorch elsewhere.
     """
-    if v.is_cuda:
+    if v.is_cuda and v.dtype in HALVES:
         try:
             from fla.ops.gla import chunk_gla
         except ImportError:
@@ -163,8 +195,8 @@ def gated_delta_rule(
     scale: float = 1.0,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gated delta rule, as in `gated_reference`; flash-linear-attention's kernel on CUDA where it is installed."""
-    if v.is_cuda:
+    """Gated delta rule, as in `gated_reference`; flash-linear-attention's kernel in 16 bits on CUDA if installed."""
+    if v.is_cuda and v.dtype in HALVES:
         try:
             from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         except ImportError:

@@ -19,7 +19,6 @@ def map_forward(
     x_batch,
     x_head,
     x_time,
-    map_group,
     num_rows,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -31,7 +30,7 @@ def map_forward(
     batch = tl.program_id(2).to(tl.int64)
     time = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     ok = time < num_rows
-    weights = load_map(maps, head // map_group, DIM, HALF)
+    weights = load_map(maps, head, DIM, HALF)
     rows = load_block(x + batch * x_batch + head.to(tl.int64) * x_head, time, x_time, ok, DIM)
     first, second = softmax_pair(dot(rows, weights, PRECISION))
     at = ((batch * tl.num_programs(1) + head) * num_rows + time[:, None]) * (2 * HALF) + tl.arange(0, HALF)[None, :]
@@ -49,7 +48,6 @@ def map_backward(
     x_batch,
     x_head,
     x_time,
-    map_group,
     num_rows,
     blocks,
     DIM: tl.constexpr,
@@ -60,7 +58,7 @@ def map_backward(
     """d_phi (B, H, T, 2·HALF) -> d_x (B, H, T, DIM), and each program's d_maps (B, programs, H, DIM, HALF), fp32."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    weights = load_map(maps, head // map_group, DIM, HALF)
+    weights = load_map(maps, head, DIM, HALF)
     x += batch * x_batch + head.to(tl.int64) * x_head
     rows_before = (batch * tl.num_programs(1) + head) * num_rows
     total = tl.zeros([DIM, HALF], tl.float32)

@@ -13,6 +13,7 @@ from kit.kernels.linear_attention.launch import (
     Blocks,
     empty_heads,
     namespace,
+    on_device_of,
     over_groups,
     refuse_dims,
     row_products,
@@ -149,11 +150,12 @@ def _backward(
     d_gate = torch.empty(0, **fp32)
     if gate_needs_grad:
         d_gate = torch.zeros(shape, **fp32)
-        gate_gradient[(call.sequences * call.num_blocks, call.heads)](
-            rows_q, rows_k, pairs, across, q if bounds is None else bounds, d_gate, d_gate.numel(), call.rows,
-            call.num_blocks, TERMS=f_terms, PAIR_TERMS=v_terms, HAS_BOUNDS=bounds is not None, BT=call.rows_a_block,
-            num_warps=1,
-        )  # fmt: skip
+        with on_device_of(q):
+            gate_gradient[(call.sequences * call.num_blocks, call.heads)](
+                rows_q, rows_k, pairs, across, q if bounds is None else bounds, d_gate, d_gate.numel(), call.rows,
+                call.num_blocks, TERMS=f_terms, PAIR_TERMS=v_terms, HAS_BOUNDS=bounds is not None, BT=call.rows_a_block,
+                num_warps=1,
+            )  # fmt: skip
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
     d_k, d_v = over_groups(d_k, k), over_groups(d_v, v)  # k may be features: maps come after
     d_map_q, d_map_k = nothing(), nothing()
@@ -236,6 +238,8 @@ def gated_linear_attention(
     """
     if reason := unsupported(q, v, feature_map_q):
         raise ValueError(reason)
+    if return_state and not normalize:
+        raise ValueError("return_state needs normalize=True: without it there are no denominators to carry")
     gate = None
     if log_gate is not None:
         gate = log_gate.float().expand(q.shape[:3])
@@ -253,6 +257,4 @@ def gated_linear_attention(
     )  # fmt: skip
     if not return_state:
         return out, None
-    if not normalize:  # the kernel has no need of the sums then
-        raise ValueError("return_state needs normalize=True: without it there are no denominators to carry")
     return out, torch.cat([last.mT, last_sum[..., None]], -1)

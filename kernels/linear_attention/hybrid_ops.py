@@ -15,6 +15,7 @@ from kit.kernels.linear_attention.launch import (
     Blocks,
     empty_heads,
     namespace,
+    on_device_of,
     over_groups,
     refuse_dims,
     row_products,
@@ -52,14 +53,13 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _past(q: Tensor, bounds: Tensor | None, window: int, terrace: bool, shift: int) -> tuple[Recurrence, Tensor | None]:
+def _past(q: Tensor, bounds: Tensor | None, window: int, terrace: bool, shift: int) -> Recurrence:
     """The recurrence between queries and the keys a window before them: both as views, `shift` rows shorter."""
     if bounds is not None:
         end = torch.maximum(bounds[:, 2] - shift, bounds[:, 1])
         bounds = torch.stack([bounds[:, 0], bounds[:, 1], end], 1).contiguous()
     batch, heads, rows = q.shape[:3]
-    call = Recurrence(batch, heads, rows - shift, window if terrace else None, None, bounds, terrace)
-    return call, bounds
+    return Recurrence(batch, heads, rows - shift, window if terrace else None, None, bounds, terrace)
 
 
 def _without_sinks(phi_k: Tensor, bounds: Tensor | None, num_sinks: int) -> Tensor:
@@ -106,10 +106,10 @@ def _forward(
     has_past = linear_weight > 0 and (state is not None or length > window - before)
     if has_past:
         shift = window - before if state is None else 0
-        call, inside = _past(q, bounds, window, terrace, shift)
+        call = _past(q, bounds, window, terrace, shift)
         rows = max(length - (window - before), 0)
         phi_q = map_features(q[:, :, shift:], map_q)
-        phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), inside, num_sinks)
+        phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), call.bounds, num_sinks)
         values, first = v[:, :, :rows], None
         if state is not None and state_sum is not None:  # keys before the first one in the window are in it already
             pad, first = (0, 0, length - rows, 0), (state, state_sum)
@@ -118,13 +118,14 @@ def _forward(
     assert mass is not None
     flags = _flags(q, v, bounds, window, terrace, num_sinks)
     sequences = batch if bounds is None else bounds.shape[0]
-    window_forward[(triton.cdiv(k.shape[2], flags["BT"]), heads, sequences)](
-        q, k, v, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
-        q if sink_v is None else sink_v, past, mass, q if bounds is None else bounds, out, log_mass,
-        *_strides(q, k, v, past, out), heads, heads // k.shape[1], scale,
-        math.log(linear_weight) if linear_weight > 0 else 0.0, before, length, k.shape[2], shift, past.shape[2],
-        HAS_WINDOW=window_weight > 0, HAS_PAST=has_past, HAS_META=meta is not None, **flags,
-    )  # fmt: skip
+    with on_device_of(q):
+        window_forward[(triton.cdiv(k.shape[2], flags["BT"]), heads, sequences)](
+            q, k, v, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
+            q if sink_v is None else sink_v, past, mass, q if bounds is None else bounds, out, log_mass,
+            *_strides(q, k, v, past, out), heads, heads // k.shape[1], scale,
+            math.log(linear_weight) if linear_weight > 0 else 0.0, before, length, k.shape[2], shift, past.shape[2],
+            HAS_WINDOW=window_weight > 0, HAS_PAST=has_past, HAS_META=meta is not None, **flags,
+        )  # fmt: skip
     return out, log_mass
 
 
@@ -174,9 +175,9 @@ def _backward(
             d_out, log_mass, inner, q, k, v, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale
         )
     else:
-        window_grads = [torch.zeros_like(x) for x in (q, k, v, log_factor)] + [
-            torch.zeros_like(inner[0, 0, :0] if x is None else x) for x in (meta, sink_k, sink_v)
-        ]
+        absent = inner.new_zeros(0)
+        likes = [absent if x is None else x for x in (q, k, v, log_factor, meta, sink_k, sink_v)]
+        window_grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in likes]
     d_q, d_k, d_v, *others = window_grads
     if past:
         for whole, part, rows in zip(
@@ -190,14 +191,14 @@ def _past_backward(
     d_out, log_mass, inner, q, k, v, map_q, map_k, bounds, window, terrace, num_sinks, linear_weight
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What the linear past gives q from the window-th on and k and v but for the last window; and to the maps."""
-    call, inside = _past(q, bounds, window, terrace, window)
+    call = _past(q, bounds, window, terrace, window)
     rows = q.shape[2] - window
     log_mass, inner, d_out = log_mass[:, :, window:], inner[:, :, window:], d_out[:, :, window:]
     queries, keys, values = q[:, :, window:], k[:, :, :rows], v[:, :, :rows]
     share = (math.log(linear_weight) - log_mass).clamp(max=60.0).exp()
     extra = -share * inner
     phi_q = map_features(queries, map_q)
-    phi_k = _without_sinks(map_features(keys, map_k), inside, num_sinks)
+    phi_k = _without_sinks(map_features(keys, map_k), call.bounds, num_sinks)
     d_phi_q, *_ = call.run(d_out, values, phi_k, weight=("x", share), extra=("x", extra), want_last=False)
     d_phi_k, *_ = call.run(
         values, d_out, phi_q, reverse=True, weight=("y", share), extra=("y", extra), want_last=False,
@@ -207,7 +208,7 @@ def _past_backward(
         phi_k, phi_q, d_out, reverse=True, weight=("y", share), want_last=False, shared=v.shape[1] != call.heads
     )
     d_q, d_map_q = map_gradient(queries, map_q, d_phi_q)
-    d_phi_k = _without_sinks(over_groups(d_phi_k, phi_k), inside, num_sinks)
+    d_phi_k = _without_sinks(over_groups(d_phi_k, phi_k), call.bounds, num_sinks)
     d_k, d_map_k = map_gradient(keys, map_k, d_phi_k)
     return [d_q, d_k, over_groups(d_v, v)], [d_map_q, d_map_k]
 
@@ -235,15 +236,17 @@ def _window_backward(
     d_sink_v = torch.empty(sequences, programs, heads, SINK_ROWS, width, **fp32) if num_sinks else inner
     at = q if bounds is None else bounds
     shared = (*_strides(q, k, v, d_out), heads, heads // k.shape[1], scale, length)
-    window_backward_queries[(programs, heads, sequences)](
-        q, k, v, log_factor, inner if meta is None else meta, q if sink_k is None else sink_k,
-        q if sink_v is None else sink_v, at, d_out, log_mass, inner, d_q, d_factor, d_meta, d_sink_k, d_sink_v,
-        *shared, blocks_each, HAS_META=meta is not None, **flags,
-    )  # fmt: skip
+    with on_device_of(q):
+        window_backward_queries[(programs, heads, sequences)](
+            q, k, v, log_factor, inner if meta is None else meta, q if sink_k is None else sink_k,
+            q if sink_v is None else sink_v, at, d_out, log_mass, inner, d_q, d_factor, d_meta, d_sink_k, d_sink_v,
+            *shared, blocks_each, HAS_META=meta is not None, **flags,
+        )  # fmt: skip
     flags.pop("SINKS")
-    window_backward_keys[(num_blocks, heads, sequences)](
-        q, k, v, log_factor, at, d_out, log_mass, inner, d_k, d_v, *shared, **flags
-    )
+    with on_device_of(q):
+        window_backward_keys[(num_blocks, heads, sequences)](
+            q, k, v, log_factor, at, d_out, log_mass, inner, d_k, d_v, *shared, **flags
+        )
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
     return [
         d_q,
@@ -328,16 +331,18 @@ def hybrid_attention(
     if num_sinks and window_weight > 0:
         sinks = (_first_keys(k, bounds, num_sinks), _first_keys(v, bounds, num_sinks))
     first: tuple[Tensor | None, Tensor | None] = (None, None)
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *maps))
+    learned = (q, k, v, *maps, window_factor, meta_logit, state)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
     if trained and (state is not None or k.shape[2] != q.shape[2]):
         raise ValueError("hybrid attention cannot be trained from a state on: no gradient would reach what made it")
     if state is not None:
         group = q.shape[1] // state.shape[1]
         whole = state.float().repeat_interleave(group, 1)
         first = (whole[..., :-1].mT.contiguous(), whole[..., -1].contiguous())
+    meta = None if meta_logit is None or window_weight == 0 else meta_logit.float().contiguous()
     log_factor = window_factor.float().log() + (math.log(window_weight) if window_weight > 0 else 0.0)
     out, *_ = _forward(
-        q, k, v, *maps, log_factor, None if meta_logit is None else meta_logit.float().contiguous(), *sinks, *first,
+        q, k, v, *maps, log_factor, meta, *sinks, *first,
         bounds, window_size, terrace, num_sinks, float(scale), float(linear_weight), float(window_weight),
     )  # fmt: skip
     if not return_state:
@@ -355,21 +360,46 @@ def _first_keys(x: Tensor, bounds: Tensor | None, count: int) -> Tensor:
     return F.pad(chosen, (0, 0, 0, SINK_ROWS - chosen.shape[2])).contiguous()
 
 
-@torch.no_grad()
+@torch.library.custom_op(f"{NAMESPACE}::hybrid_state", mutates_args=())
+def _state(
+    k: Tensor,
+    v: Tensor,
+    map_k: Tensor,
+    state: Tensor | None,
+    state_sum: Tensor | None,
+    bounds: Tensor | None,
+    rows: int,
+    num_sinks: int,
+) -> tuple[Tensor, Tensor]:
+    """Return what the first `rows` keys leave behind, (N, L, V, F) and (N, L, F), sinks left out."""
+    k, v = rows_contiguous(k), rows_contiguous(v)
+    if bounds is not None:
+        end = bounds[:, 2].clamp(max=rows)
+        bounds = torch.stack([bounds[:, 0], torch.minimum(bounds[:, 1], end), end], 1).contiguous()
+    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), bounds, num_sinks)
+    call = Recurrence(len(k), len(map_k), rows, bounds=bounds)
+    first = None if state is None or state_sum is None else (state, state_sum)
+    _, _, last, last_sum = call.run(phi_k, phi_k, v[:, :, :rows], normalize=True, first=first, want_out=False)
+    return last, last_sum
+
+
+@_state.register_fake
+def _(k, v, map_k, state, state_sum, bounds, rows, num_sinks):
+    shape = (len(k) if bounds is None else bounds.shape[0], len(map_k))
+    last = torch.empty(*shape, v.shape[-1], 2 * map_k.shape[-1], dtype=torch.float32, device=k.device)
+    return last, torch.empty(*shape, 2 * map_k.shape[-1], dtype=torch.float32, device=k.device)
+
+
 def _state_after(
     k: Tensor, v: Tensor, map_k: Tensor, state: Tensor | None, bounds: Tensor | None, window: int, num_sinks: int
 ) -> Tensor:
-    """(N, L, F, D + 1): all keys but each sequence's last window - 1, and its sinks."""
-    heads, rows = len(map_k), max(k.shape[2] - (window - 1), 0)
-    sequences = len(k) if bounds is None else bounds.shape[0]
-    shape = (sequences, heads, 2 * map_k.shape[-1], v.shape[-1] + 1)
+    """(N, L, F, D + 1): all keys but those in the last window - 1 rows, and sinks; no gradient flows through it."""
+    rows = max(k.shape[2] - (window - 1), 0)
     if rows == 0:
+        shape = (len(k) if bounds is None else bounds.shape[0], len(map_k), 2 * map_k.shape[-1], v.shape[-1] + 1)
         return torch.zeros(shape, device=k.device) if state is None else state
-    k, v = rows_contiguous(k), rows_contiguous(v)
-    call, inside = _past(k[:, :1].expand(-1, heads, -1, -1), bounds, window, False, window - 1)
-    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), inside, num_sinks)
-    first = None
+    first: tuple[Tensor | None, Tensor | None] = (None, None)
     if state is not None:
         first = (state[..., :-1].mT.float().contiguous(), state[..., -1].float().contiguous())
-    _, _, last, last_sum = call.run(phi_k, phi_k, v[:, :, :rows], normalize=True, first=first)
+    last, last_sum = _state(*(x.detach() for x in (k, v, map_k)), *first, bounds, rows, num_sinks)
     return torch.cat([last.mT, last_sum[..., None]], -1)

@@ -44,7 +44,7 @@ class Blocks:
 
     @classmethod
     def window(cls, dtype: torch.dtype, dim: int, values: int) -> Blocks:
-        """The cut of a softmax window; `values` counts nothing here."""
+        """The cut of a softmax window: all value columns in one program."""
         if dtype == torch.float32:
             return cls(16, values, 4, 1, "ieee")
         return cls(64, values, 4 if max(dim, values) <= 128 else 8, 1, "tf32")
@@ -77,6 +77,11 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+def on_device_of(x: Tensor) -> Any:
+    """A context for launches: Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device_of(x)
+
+
 def empty_heads(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, fill: bool) -> Tensor:
     """An output (B, H, T, V) laid out (B, T, H, V), as projections want it; zeros if padding stays unwritten."""
     batch, heads, rows, width = shape
@@ -97,10 +102,11 @@ def scan(parts: Tensor, decays: Tensor | None, first: Tensor | None, last: Tenso
     sequences, splits, heads = parts.shape[:3]
     size = last[0, 0].numel()
     block = min(triton.next_power_of_2(size), 1024)
-    scan_states[(sequences, heads, triton.cdiv(size, block))](
-        parts, parts if decays is None else decays, last if first is None else first, last, heads, size, splits,
-        HAS_DECAY=decays is not None, HAS_FIRST=first is not None, REVERSE=reverse, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    with on_device_of(parts):
+        scan_states[(sequences, heads, triton.cdiv(size, block))](
+            parts, parts if decays is None else decays, last if first is None else first, last, heads, size, splits,
+            HAS_DECAY=decays is not None, HAS_FIRST=first is not None, REVERSE=reverse, BLOCK=block, num_warps=4,
+        )  # fmt: skip
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:
@@ -108,9 +114,10 @@ def row_products(x: Tensor, y: Tensor) -> Tensor:
     batch, heads, length, width = x.shape
     out = torch.empty(batch, heads, length, dtype=torch.float32, device=x.device)
     rows = 64
-    multiply_rows[(triton.cdiv(length, rows), heads, batch)](
-        x, y, out, *x.stride()[:3], *y.stride()[:3], length, WIDTH=width, BT=rows, num_warps=4
-    )
+    with on_device_of(x):
+        multiply_rows[(triton.cdiv(length, rows), heads, batch)](
+            x, y, out, *x.stride()[:3], *y.stride()[:3], length, WIDTH=width, BT=rows, num_warps=4
+        )
     return out
 
 

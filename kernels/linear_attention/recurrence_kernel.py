@@ -154,7 +154,7 @@ def recurrence(
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One split of one head, BV columns of z. Shapes in gated_ops.py; K = 2·HALF features of x and y, V columns of z.
+    """One split of one head, BV columns of z. Shapes in recurrence_ops.py; x and y have 2·HALF features, z V columns.
 
     Options:
         TERRACE: queries do not see keys of their own block.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kit.kernels.linear_attention.feature_kernel import map_backward, map_forward
-from kit.kernels.linear_attention.launch import Blocks, empty_heads, num_splits, over_groups, scan, triton
+from kit.kernels.linear_attention.launch import Blocks, empty_heads, num_splits, on_device_of, over_groups, scan, triton
 from kit.kernels.linear_attention.recurrence_kernel import KEEP_EVERY, cumulate_gates, recurrence
 
 FEATURE_ROWS = 64
@@ -70,6 +70,7 @@ class Recurrence:
         first: tuple[Tensor, Tensor] | None = None,
         shared: bool = False,
         want_last: bool = True,
+        want_out: bool = True,
         gate_terms: str = "",
         companion: Tensor | None = None,
         parts: dict[str, Tensor] | None = None,
@@ -84,6 +85,7 @@ class Recurrence:
             first: the state to start from, (N, H, V, K), and its sums (N, H, K) or, with `extra`, (N, H, V).
             shared: heads' outputs will be added up, so keep them in fp32.
             want_last: whether the state after the last block is used.
+            want_out: whether anything else is.
             gate_terms: "q", "k" or "v"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
 
         Returns:
@@ -97,7 +99,11 @@ class Recurrence:
         fp32: Any = {"dtype": torch.float32, "device": x.device}
         kind = torch.float32 if shared else z.dtype
         shape = (self.batch, self.heads, self.rows, width)
-        out = empty_heads(shape, kind, x.device, fill=self.bounds is not None)
+        fill = self.bounds is not None
+        if weight is None:
+            out = empty_heads(shape, kind, x.device, fill=fill)
+        else:  # gradients are contiguous
+            out = (torch.zeros if fill else torch.empty)(shape, dtype=kind, device=x.device)
         mass = torch.empty(self.batch, self.heads, self.rows, **fp32) if normalize else None
         unused, other = torch.empty(1, **fp32), z if companion is None else companion
         parts = parts or {}
@@ -109,26 +115,27 @@ class Recurrence:
         def launch(
             state_only: bool, states: Tensor, sums: Tensor, decays: Tensor, to: tuple[Tensor, Tensor], start: bool
         ):
-            recurrence[(width // cut.values, self.heads, self.sequences * splits)](
-                x, y, z, unused if self.through is None else self.through, unused if weight is None else weight[1],
-                extra[1] if extra is not None else parts.get("extra", unused), other,
-                unused if self.bounds is None else self.bounds, states, sums, out, unused if mass is None else mass,
-                *(parts.get(name, unused) for name in PARTS), decays, *to,
-                *(stride for t in (x, y, z, other, out) for stride in t.stride()[:3]),
-                self.heads, *(self.heads // t.shape[1] for t in (x, y, z, other)), scale,
-                self.batch * self.heads * self.rows, self.rows, splits, split_blocks,
-                self.num_kept if gate_terms else 0,
-                REVERSE=reverse, MASKED=self.bounds is not None or self.rows % cut.rows != 0,
-                HAS_BOUNDS=self.bounds is not None, HAS_GATE=self.through is not None, HAS_STATE=start,
-                TERRACE=self.terrace, STATE_ONLY=state_only, NORMALIZE=normalize,
-                WEIGHTED="" if weight is None else weight[0], EXTRA="" if extra is None else extra[0],
-                GATE_TERMS="" if state_only else gate_terms, SKIP_END=state_only and not want_last,
-                STORE_LAST=not state_only and splits == 1 and want_last,
-                HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows, PRECISION=cut.precision,
-                num_warps=cut.warps, num_stages=cut.stages,
-            )  # fmt: skip
+            with on_device_of(z):
+                recurrence[(width // cut.values, self.heads, self.sequences * splits)](
+                    x, y, z, unused if self.through is None else self.through, unused if weight is None else weight[1],
+                    extra[1] if extra is not None else parts.get("extra", unused), other,
+                    unused if self.bounds is None else self.bounds, states, sums, out, unused if mass is None else mass,
+                    *(parts.get(name, unused) for name in PARTS), decays, *to,
+                    *(stride for t in (x, y, z, other, out) for stride in t.stride()[:3]),
+                    self.heads, *(self.heads // t.shape[1] for t in (x, y, z, other)), scale,
+                    self.batch * self.heads * self.rows, self.rows, splits, split_blocks,
+                    self.num_kept if gate_terms else 0,
+                    REVERSE=reverse, MASKED=self.bounds is not None or self.rows % cut.rows != 0,
+                    HAS_BOUNDS=self.bounds is not None, HAS_GATE=self.through is not None, HAS_STATE=start,
+                    TERRACE=self.terrace, STATE_ONLY=state_only, NORMALIZE=normalize,
+                    WEIGHTED="" if weight is None else weight[0], EXTRA="" if extra is None else extra[0],
+                    GATE_TERMS="" if state_only else gate_terms, SKIP_END=state_only and not want_last,
+                    STORE_LAST=not state_only and splits == 1 and want_last,
+                    HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows, PRECISION=cut.precision,
+                    num_warps=cut.warps, num_stages=cut.stages,
+                )  # fmt: skip
 
-        if splits == 1:
+        if splits == 1 and want_out:
             states, sums = first or (unused, unused)
             launch(False, states, sums, unused, (last, last_sum), first is not None)
             return out, mass, last, last_sum
@@ -138,7 +145,8 @@ class Recurrence:
         launch(True, unused, unused, decays, (states, sums), False)
         for part, end, number in ((states, last, 0), (sums, last_sum, 1))[: 2 if has_sums else 1]:
             scan(part, None if self.through is None else decays, None if first is None else first[number], end, reverse)
-        launch(False, states, sums, unused, (unused, unused), True)
+        if want_out:
+            launch(False, states, sums, unused, (unused, unused), True)
         return out, mass, last, last_sum
 
 
@@ -147,10 +155,11 @@ def cumulated(log_gate: Tensor, bounds: Tensor | None, rows_a_block: int) -> Ten
     batch, heads, rows = log_gate.shape
     sequences, blocks = batch if bounds is None else bounds.shape[0], triton.cdiv(rows, rows_a_block)
     out = torch.zeros(batch, heads, rows, dtype=torch.float32, device=log_gate.device)
-    cumulate_gates[(sequences * blocks, heads)](
-        log_gate, log_gate if bounds is None else bounds, out, *log_gate.stride()[:2], rows, blocks,
-        HAS_BOUNDS=bounds is not None, BT=rows_a_block, num_warps=1,
-    )  # fmt: skip
+    with on_device_of(log_gate):
+        cumulate_gates[(sequences * blocks, heads)](
+            log_gate, log_gate if bounds is None else bounds, out, *log_gate.stride()[:2], rows, blocks,
+            HAS_BOUNDS=bounds is not None, BT=rows_a_block, num_warps=1,
+        )  # fmt: skip
     return out
 
 
@@ -159,10 +168,11 @@ def map_features(x: Tensor, maps: Tensor) -> Tensor:
     (batch, _, rows, dim), heads = x.shape, len(maps)
     out = torch.empty(batch, heads, rows, 2 * maps.shape[-1], dtype=x.dtype, device=x.device)
     x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-    map_forward[(triton.cdiv(rows, FEATURE_ROWS), heads, batch)](
-        x, maps, out, *x.stride()[:3], 1, rows, DIM=dim, HALF=maps.shape[-1], BT=FEATURE_ROWS,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
-    )  # fmt: skip
+    with on_device_of(x):
+        map_forward[(triton.cdiv(rows, FEATURE_ROWS), heads, batch)](
+            x, maps, out, *x.stride()[:3], rows, DIM=dim, HALF=maps.shape[-1], BT=FEATURE_ROWS,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -172,12 +182,13 @@ def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor) -> tuple[Tensor, Tensor
     dim, half = maps.shape[1:]
     wide = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
     d_x = torch.empty(batch, heads, rows, dim, dtype=x.dtype, device=x.device)
-    block, blocks_each = (FEATURE_ROWS, 16) if x.dtype != torch.float32 else (32, 16)
+    block, blocks_each = FEATURE_ROWS if x.dtype != torch.float32 else 32, 16
     programs = triton.cdiv(rows, block * blocks_each)
     d_maps = torch.empty(batch, programs, heads, dim, half, dtype=torch.float32, device=x.device)
-    map_backward[(programs, heads, batch)](
-        wide, maps, d_phi.contiguous(), d_x, d_maps, *wide.stride()[:3], 1, rows, blocks_each, DIM=dim, HALF=half,
-        BT=block,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=8,
-    )  # fmt: skip
+    with on_device_of(x):
+        map_backward[(programs, heads, batch)](
+            wide, maps, d_phi.contiguous(), d_x, d_maps, *wide.stride()[:3], rows, blocks_each, DIM=dim, HALF=half,
+            BT=block,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=8,
+        )  # fmt: skip
     return over_groups(d_x, x), d_maps.sum((0, 1)).to(maps.dtype)

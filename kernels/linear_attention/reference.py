@@ -109,9 +109,8 @@ def hybrid_attention(
     Raises:
         ValueError: on shapes that do not fit, naming them.
     """
-    _check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids)
-    if (terrace or num_sinks) and (q.shape[2] != k.shape[2] or state is not None):
-        raise ValueError("terrace and num_sinks are for whole sequences: they take neither past keys nor a state")
+    whole_only = terrace or num_sinks > 0
+    check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids, whole_only=whole_only)
     options = {"window_size": window_size, "terrace": terrace, "num_sinks": num_sinks}
     maps = (feature_map_q, feature_map_k)
     weights = (window_factor, scale, linear_weight, window_weight, meta_logit)
@@ -189,7 +188,7 @@ def _with_sinks(blocks: _Blocks, k: Tensor, v: Tensor, options: dict[str, Any], 
     )
 
 
-def _one_block(q, k, v, feature_map_k, options, past, state, key_mask, segment_ids) -> _Blocks:
+def _one_block(q, k, v, _map, options, _past, state, key_mask, segment_ids) -> _Blocks:
     """Few queries (decode, short prompts): one block holds them all, in no need of sinks or terraces."""
     num_queries, num_keys, window_size = q.shape[2], k.shape[2], options["window_size"]
     query_pos = torch.arange(num_keys - num_queries, num_keys, device=q.device)
@@ -400,7 +399,24 @@ def _log(weight: float) -> float:
     return math.log(weight) if weight > 0 else -math.inf
 
 
-def _check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids) -> None:
+def check_shapes(
+    q: Tensor,
+    k: Tensor,
+    feature_map_q: Tensor,
+    feature_map_k: Tensor,
+    window_size: int,
+    state: Tensor | None,
+    segment_ids: Tensor | None,
+    *,
+    whole_only: bool,
+) -> None:
+    """Refuse shapes that do not fit.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if whole_only and (q.shape[2] != k.shape[2] or state is not None):
+        raise ValueError("terrace and num_sinks are for whole sequences: they take neither past keys nor a state")
     heads, kv_heads, past = q.shape[1], k.shape[1], k.shape[2] - q.shape[2]
     if heads % kv_heads or feature_map_q.shape[0] != heads or feature_map_k.shape[0] not in (kv_heads, heads):
         raise ValueError(

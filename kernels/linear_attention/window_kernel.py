@@ -255,8 +255,9 @@ def window_backward_queries(
         first_v = tl.load(sink_v + (at + sink)[:, None] * V + columns[None, :])
         d_first_k = tl.zeros([16, DIM], tl.float32)
         d_first_v = tl.zeros([16, V], tl.float32)
-    for step in range(blocks_each):
-        block = tl.program_id(0) * blocks_each + step
+    before = tl.program_id(0) * blocks_each
+    for step in range(tl.minimum(blocks_each, tl.maximum(tl.cdiv(length, BT) - before, 0))):
+        block = before + step
         place = block * BT + index
         ok = place < length
         x = load_block(q, place, q_time, ok, DIM)

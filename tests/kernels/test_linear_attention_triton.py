@@ -217,7 +217,7 @@ def test_decoding_step_by_step_equals_the_whole(map_heads, options):
     )
     position, out = torch.zeros(2, dtype=torch.int32, device=DEVICE), []
     for t in range(length):
-        args = (q[:, :, t], k[:, :, t], v[:, :, t], map_q, map_k, factor, state, position)
+        args = (q[:, :, t], k[:, :, t], v[:, :, t], map_q, map_k, factor.log(), state, position)
         out.append(hybrid_step(*args, scale=0.2, meta_logit=meta[0] if meta else None, **weights))
         position += 1
     assert relative(torch.stack(out, 2), want) < 1e-5
@@ -239,18 +239,82 @@ def test_gated_decoding_equals_the_whole(half, normalize):
     assert relative(torch.stack(out, 2), want) < 1e-5
 
 
-def test_the_dispatch_reaches_the_kernels_and_keeps_known_bounds():
-    x = {n: t.to(DEVICE) for n, t in hybrid_inputs().items()}
-    mask = padding((0, 50), (13, 50)).to(DEVICE)
-    options = {"window_size": 20, "scale": 0.2, "key_mask": mask}
-    want, _ = dispatch.hybrid_attention(**x, **options, backend="reference")
-    got, _ = dispatch.hybrid_attention(**x, **options, backend="triton")
+def on_device(inputs):
+    return {n: t.to(DEVICE) for n, t in inputs.items()}
+
+
+def backends(inputs, **options):
+    """What the reference and the kernels give through the dispatch."""
+    return [dispatch.hybrid_attention(**inputs, scale=0.2, backend=name, **options) for name in ("reference", "triton")]
+
+
+def test_the_dispatch_turns_masks_into_bounds():
+    x, mask = on_device(hybrid_inputs()), padding((0, 50), (13, 50)).to(DEVICE)
+    with torch.inference_mode():
+        (want, _), (got, _) = backends(x, window_size=20, key_mask=mask)
     assert relative(got, want.cpu()) < 1e-5
-    assert dispatch._bounds(mask, None) is dispatch._bounds(mask, None)
-    mask[0, :3] = False
-    got, _ = dispatch.hybrid_attention(**x, **options, backend="triton")
-    want, _ = dispatch.hybrid_attention(**x, **options, backend="reference")
+    mask[0, :3] = False  # the same tensor holds another mask now
+    (want, _), (got, _) = backends(x, window_size=20, key_mask=mask)
     assert relative(got, want.cpu()) < 1e-5
+
+
+def test_tokens_padded_on_the_right_leave_the_same_state():
+    (want, state), (got, ours) = backends(
+        on_device(hybrid_inputs()), window_size=20, key_mask=padding((0, 31), (5, 44)).to(DEVICE), return_state=True
+    )
+    assert relative(got, want.cpu()) < 1e-5
+    assert relative(ours, state.cpu()) < 1e-5
+
+
+def test_a_meta_logit_goes_with_the_window():
+    (want, _), (got, _) = backends(on_device(hybrid_inputs(meta=True)), window_size=20, window_weight=0.0)
+    assert relative(got, want.cpu()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({}, {"key_mask": torch.arange(50).expand(2, -1) % 3 > 0}, "in one piece"),
+        ({}, {"key_mask": padding((0, 50), (3, 50)), "segment_ids": segments([17], [40])}, "not both"),
+        ({}, {"segment_ids": segments([17], [40]), "return_state": True}, "no state of packed"),
+        ({"past": 9}, {"key_mask": torch.ones(2, 59, dtype=torch.bool)}, "no key mask with past keys"),
+    ],
+)
+def test_what_the_kernels_cannot_take_goes_to_the_reference_unless_they_are_asked_for(
+    change, options, message, monkeypatch
+):
+    x = on_device(hybrid_inputs(**change))
+    options = {n: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for n, v in options.items()}
+    options |= {"window_size": 20, "scale": 0.2}
+    with pytest.raises(ValueError, match=message):
+        dispatch.hybrid_attention(**x, **options, backend="triton")
+    want, _ = dispatch.hybrid_attention(**x, **options, backend="reference")
+    monkeypatch.setattr(dispatch, "_chosen", lambda backend, v: dispatch._triton())  # as for bf16 on CUDA
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=message):
+        got, _ = dispatch.hybrid_attention(**x, **options)
+    assert torch.equal(got, want)
+
+
+def test_what_is_learned_cannot_be_learned_from_a_state_on():
+    x = on_device(hybrid_inputs(past=9))
+    x["window_factor"].requires_grad_()
+    with pytest.raises(ValueError, match="cannot be trained from a state"):
+        dispatch.hybrid_attention(**x, window_size=20, scale=0.2, backend="triton")
+
+
+def test_wrong_shapes_are_named_before_the_kernels_run():
+    x = on_device(hybrid_inputs(heads=3, kv_heads=2, map_heads=3))
+    with pytest.raises(ValueError, match="heads do not fit"):
+        dispatch.hybrid_attention(**x, window_size=20, scale=0.2, backend="triton")
+    x = on_device(hybrid_inputs(past=9))
+    with pytest.raises(ValueError, match="whole sequences"):
+        dispatch.hybrid_attention(**x, window_size=16, scale=0.2, terrace=True, backend="triton")
+    q, k, v = (torch.zeros(1, heads, 32, device=DEVICE) for heads in (32, 1, 1))
+    maps = torch.zeros(32, 32, 16, device=DEVICE), torch.zeros(1, 32, 16, device=DEVICE)
+    state = HybridState.empty(k, v, map_heads=1, features=32, window_size=8)
+    with pytest.raises(ValueError, match="at most 16 query heads a state"):
+        hybrid_step(q, k, v, *maps, torch.zeros(32), state, torch.zeros(1, dtype=torch.int32), scale=1.0)
 
 
 def test_shapes_without_tiles_are_named():
@@ -269,20 +333,29 @@ def test_shapes_without_tiles_are_named():
         dispatch.hybrid_attention(**x, window_size=8, scale=0.2, backend="cuda")
 
 
-def test_operations_know_their_shapes_without_running():
-    """torch.compile traces with fake tensors: shapes, dtypes and layouts must be those of a real call."""
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("case", ["hybrid", "past alone", "gated", "raw features"])
+def test_operations_know_their_shapes_without_running(case, kv_heads):
+    """torch.compile traces with fake tensors: shapes, dtypes and layouts must be those of real calls and gradients."""
     from torch._subclasses import FakeTensorMode
 
-    calls = [
-        (hybrid_attention, hybrid_inputs(length=70), {"window_size": 20, "scale": 0.2}),
-        (gated_linear_attention, gated_inputs(half=16), {}),
-    ]
-    for call, inputs, options in calls:
-        inputs = {n: t.to(DEVICE) for n, t in inputs.items()}
-        real, _ = call(**inputs, **options)
-        with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-            fake, _ = call(**{n: mode.from_tensor(t) for n, t in inputs.items()}, **options)
-        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+    call, inputs, options = {
+        "hybrid": (hybrid_attention, hybrid_inputs, {"window_size": 20, "scale": 0.2, "return_state": True}),
+        "past alone": (hybrid_attention, hybrid_inputs, {"window_size": 20, "scale": 0.2, "window_weight": 0.0}),
+        "gated": (gated_linear_attention, gated_inputs, {"return_state": True}),
+        "raw features": (gated_linear_attention, gated_inputs, {"normalize": False}),
+    }[case]
+    inputs = inputs(kv_heads=kv_heads, **({"half": 16} if case == "gated" else {}))
+    inputs = {n: t.to(DEVICE).requires_grad_() for n, t in inputs.items()}
+
+    def layouts(values):
+        out, state = call(**values, **options)
+        grads = torch.autograd.grad(out, list(values.values()), torch.ones_like(out), allow_unused=True)
+        return [(t.shape, t.dtype, t.stride()) for t in (out, state, *grads) if t is not None]
+
+    with FakeTensorMode() as mode:
+        fake = layouts({n: mode.from_tensor(t) for n, t in inputs.items()})
+    assert fake == layouts(inputs)
 
 
 @needs_gpu
