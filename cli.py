@@ -63,6 +63,22 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+def _with_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `other` that it has not itself; they arrive in its `**options`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        shared = inspect.signature(other, eval_str=True).parameters
+        own = inspect.signature(command, eval_str=True).parameters
+        named = {k: p for k, p in (shared | own).items() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)}
+        signature = inspect.Signature([p.replace(kind=keyword) for p in named.values()])
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {name: p.annotation for name, p in named.items()}
+        return command
+
+    return decorate
+
+
 @app.callback()
 def common(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -300,6 +316,31 @@ def quantize(
     )
 
 
+@app.command()
+@_with_options_of(convert)
+def sparsify(
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="r-sparse, chess, teal, wina, or a YAML file.")
+    ] = "r-sparse",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of inputs that a token drops, 0.5 unless given.", show_default=False)
+    ] = None,
+    ppl_budget: Annotated[
+        str | None, typer.Option(help="Percent that perplexity may grow by, such as 1%.", show_default=False)
+    ] = None,
+    allocator: Annotated[str | None, typer.Option(help="uniform or greedy.", show_default=False)] = None,
+    dense_prefill: Annotated[
+        bool, typer.Option("--dense-prefill/--strict", help="Prompts run dense, or every token is sparse.")
+    ] = True,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    **options: Any,
+) -> None:
+    """Make activations sparse, so that decoding reads fewer weights; a front for `kit convert`."""
+    chosen = {"sparsity": sparsity, "ppl_budget": ppl_budget, "allocator": allocator}
+    chosen["dense_prefill"] = None if dense_prefill else "false"
+    convert(recipe=recipe, set_=[*_settings(chosen), *(set_ or [])], **options)
+
+
 def _settings(values: dict[str, Any]) -> list[str]:
     """key=value of the options that were given."""
     return [f"{key}={value}" for key, value in values.items() if value is not None]
@@ -492,6 +533,9 @@ def _measure(
     covariance: Annotated[
         Path | None, typer.Option(help="Of --retention's leak; else measured on --dataset.", show_default=False)
     ] = None,
+    dense_prefix: Annotated[
+        int, typer.Option(min=0, help="Sparse models: tokens of a text that run dense; else every token is sparse.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampled text.")] = 1,
     output: Annotated[
         Path | None,
@@ -544,6 +588,7 @@ def _measure(
         haystack=haystack,
         generations=generations,
         retention=RetentionOptions(retention, covariance, limit, batch_size) if retention is not None else None,
+        dense_prefix=dense_prefix,
         trust_remote_code=trust_remote_code,
         progress=_progress(quiet or json_),
     )
@@ -561,22 +606,6 @@ def _lengths(text: str | None) -> list[int] | None:
         raise KitError(
             f"'{text}' are no lengths", where="--recall", next_step="write 512,1024,2048", exit_code=ExitCode.USAGE
         ) from error
-
-
-def _with_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of `other` that it has not itself; they arrive in its `**options`."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        shared = inspect.signature(other, eval_str=True).parameters
-        own = inspect.signature(command, eval_str=True).parameters
-        named = {k: p for k, p in (shared | own).items() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)}
-        signature = inspect.Signature([p.replace(kind=keyword) for p in named.values()])
-        command.__signature__ = signature  # type: ignore[attr-defined]
-        command.__annotations__ = {name: p.annotation for name, p in named.items()}
-        return command
-
-    return decorate
 
 
 @app.command("eval")
@@ -972,7 +1001,7 @@ def _fail(error: BaseException) -> None:
 
 def _interrupted() -> None:
     command = _command_line()
-    started = any(name in sys.argv[1:] for name in ("adapt", "augment", "convert", "quantize"))
+    started = any(name in sys.argv[1:] for name in ("adapt", "augment", "convert", "quantize", "sparsify"))
     started = started or ("eval" in sys.argv[1:] and any(a.startswith(("-o", "--output")) for a in sys.argv[1:]))
     if started and "--resume" not in command:
         command += " --resume"

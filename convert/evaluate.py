@@ -31,6 +31,7 @@ from kit.convert.recall import RecallTest, measure_recall, recall_test
 from kit.convert.retention import RetentionOptions, RetentionTest, check_base, measure_leaks, measure_retention
 from kit.convert.retention import retention_test as read_retention_test
 from kit.convert.task_data import TaskOptions
+from kit.modules.sparsity import counted, skipped_weights, token_window
 
 ROW_LENGTH = 512  # tokens of a held-out row sampled from the base model
 DECODE_PROMPT, DECODE_TOKENS = 256, 48
@@ -70,6 +71,7 @@ def evaluate(
     haystack: str | None = None,
     generations: int = 0,
     retention: RetentionOptions | None = None,
+    dense_prefix: int = 0,
     earlier: dict[str, dict[str, Any]] | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -94,6 +96,8 @@ def evaluate(
         overwrite: replace what `output` has.
         recall: lengths in tokens of contexts to recall from; see `recall.py`.
         haystack: text around the needle, as `--dataset` takes it; None: the data set's, or else made-up sentences.
+        dense_prefix: in sparse models, the first so many tokens of a text run dense and the others sparse, as if a
+            prompt of that length had been continued; 0: every token is sparse. Speed is timed as the checkpoint says.
         generations: so many held-out prompts are continued greedily; from the data set, or else the sampled text.
         retention: what was learned beside what was kept; see `retention.py`. The base may be left out if a model is an
             adapter; agreement is measured on about `num_tokens` tokens of the data set, too.
@@ -105,8 +109,9 @@ def evaluate(
         `settings` and `rows`, one dict a model or ablation: what `perplexity.measures` finds on the data set;
         `self_perplexity`; `kl` in nats; `top1`: share of positions where base and model have the same most likely
         token; `top5`: share where the base's most likely token is among the model's five; each with its standard error;
-        `recall`, `generations`, `retention`; `prefill_tokens_per_second`, `decode_tokens_per_second`,
-        `peak_memory_bytes`, `bytes`, `cache_bytes`; `tasks` (see `Tasks.run`).
+        `sparse_tokens`, `weights_skipped` and `dropped_inputs` of a sparse model (see `_sparsity`); `recall`,
+        `generations`, `retention`; `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_memory_bytes`,
+        `bytes`, `cache_bytes`; `tasks` (see `Tasks.run`).
 
     Raises:
         KitError: before weights load, if the data cannot be read or is too little for what is asked, a task is unknown
@@ -130,6 +135,8 @@ def evaluate(
         "dtype": dtype,
         "device": hardware(device),
     }
+    if any("sparsity" in model.config for model in models.values()):
+        settings["dense_prefix"] = dense_prefix
     text = _Text(None, None)
     read = None
     if dataset is not None:
@@ -201,18 +208,20 @@ def evaluate(
             for variant, context in _variants(model, ablations and checkpoint is next(iter(models.values()), None)):
                 label = f"{name}, {variant}" if variant else name
                 with context:
-                    row = {"name": label, **_quality(model, text, is_base, progress, label)}
-                    row |= _recall_and_generations(model, tokenizer, text, progress, label)
-                    if text.retention is not None:
-                        found = measure_retention(label, model, tokenizer, text.retention, is_base, progress)
-                        row["retention"] = found
+                    with token_window(model, dense_prefix):
+                        row = {"name": label, **_quality(model, text, is_base, progress, label)}
+                        row |= _recall_and_generations(model, tokenizer, text, progress, label)
+                        if text.retention is not None:
+                            found = measure_retention(label, model, tokenizer, text.retention, is_base, progress)
+                            row["retention"] = found
                     if not variant:
                         row |= _speed(model, device) if speed else {}
                         row["peak_memory_bytes"] = peak_memory()
                         row["bytes"] = checkpoint.nbytes
                         row["cache_bytes"] = cache_bytes(checkpoint.config)
                     if harness is not None:  # last: what the harness holds is not the model's memory
-                        row["tasks"] = harness.run(model, tokenizer, logs(label, checkpoint), progress, label)
+                        with token_window(model, dense_prefix):
+                            row["tasks"] = harness.run(model, tokenizer, logs(label, checkpoint), progress, label)
                 rows.append(row)
             del model
     result = {"settings": settings, "rows": rows}
@@ -233,6 +242,27 @@ def _variants(model: Any, ablations: bool) -> Iterator[tuple[str, AbstractContex
             yield name, quantized.switched_off(model, parts)
 
 
+def _sparsity(model: Any, counts: dict[str, Tensor], tokens: int) -> dict[str, Any]:
+    """What a sparse model did not read while its quality was measured.
+
+    Args:
+        model: the model.
+        counts: by mask, channels kept and seen at sparse tokens, and how many tokens there were.
+        tokens: that were scored.
+
+    Returns:
+        `sparse_tokens`: the share of scored tokens that ran sparse; `weights_skipped`: of the decoder layers' weights,
+        the share not read at those; `dropped_inputs`: the share of inputs (neurons) dropped, by linear, over layers.
+    """
+    name, (_, seen) = next(iter(counts.items()))
+    size = getattr(model.get_submodule(name), "in_features", None) or model.get_submodule(name).up_proj.out_features
+    dropped, skipped = skipped_weights(model, counts)
+    by_linear: dict[str, list[float]] = {}
+    for place, share in dropped.items():
+        by_linear.setdefault(place.partition(".layers.")[2].partition(".")[2], []).append(share)
+    return {"sparse_tokens": int(seen) / size / tokens, "weights_skipped": skipped, "dropped_inputs": by_linear}
+
+
 def _scratch_tensor(path: Path, tokens: int, vocabulary: int) -> Tensor:
     """A float32 tensor (tokens, vocabulary) that lives on disk."""
     return torch.from_file(str(path), shared=True, size=tokens * vocabulary, dtype=torch.float32).view(
@@ -244,8 +274,8 @@ def _scratch_tensor(path: Path, tokens: int, vocabulary: int) -> Tensor:
 def _quality(model: Any, text: _Text, is_base: bool, progress: Progress, label: str) -> dict[str, Any]:
     """Perplexity on both texts; agreement with the base's stored log-probabilities on the sampled one."""
     found: dict[str, Any] = {}
-    total = sum(len(t) for t in (text.sampled, text.windows) if t is not None)
-    with progress.task(f"evaluate {label}", total):
+    scored = [t for t in (text.sampled, text.windows) if t is not None]
+    with progress.task(f"evaluate {label}", sum(map(len, scored))), counted(model) as counts:
         if text.windows is not None:
             found |= perplexity.measures(_losses(model, text.windows, progress), text.words)
         if text.sampled is not None:
@@ -272,6 +302,8 @@ def _quality(model: Any, text: _Text, is_base: bool, progress: Progress, label: 
             for key, rows in (("kl", kl), ("top1", same), ("top5", among)):
                 if rows:
                     found[key], found[f"{key}_stderr"] = mean_and_error(torch.stack(rows).mean(-1))
+        if counts and scored:
+            found |= _sparsity(model, counts, sum(t.numel() for t in scored))
     return found
 
 

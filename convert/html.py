@@ -63,6 +63,8 @@ QUALITY = (
     Column(("kl",), "KL to base", fixed(4), "how far next-token distributions are from the base's, nats a token"),
     Column(("top1",), "top-1 same", percent, "share of tokens at which the base's first choice is this model's too"),
     Column(("top5",), "top-5 same", percent, "the same for the five likeliest tokens"),
+    Column(("sparse_tokens",), "sparse tokens", percent, "share of the scored tokens that ran sparse"),
+    Column(("weights_skipped",), "weights skipped", percent, "share of the layers' weights that those did not read"),
     Column(("generations", "repetition"), "repetition", percent, "share of repeated 4-grams in generated texts"),
     Column(("generations", "degenerate"), "degenerate", percent, "share of generated texts that loop or end empty"),
 )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kit.convert.streaming import StreamedModel
 
 BUCKETS = 8  # of positions in a window
 
@@ -69,3 +72,23 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 def _exp(nats: float) -> float:
     """exp, or infinity where a broken model's loss leaves float64's range."""
     return math.exp(nats) if nats < 700 else math.inf
+
+
+def streamed_perplexity(model: StreamedModel, hidden: Tensor, labels: Tensor) -> float:
+    """Perplexity from what leaves the last layer of a streamed model.
+
+    Args:
+        model: whose final norm and head are applied.
+        hidden: (N, T, hidden).
+        labels: (N, T) as `TokenRows.labels`: not shifted, -100 where a token is not predicted.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    head, total, count = model.head(), 0.0, 0
+    with torch.no_grad():
+        for row, target in zip(hidden, labels, strict=True):
+            logits = head(row[:-1].to(model.device)).float()
+            total += float(F.cross_entropy(logits, target[1:].to(logits.device), ignore_index=-100, reduction="sum"))
+            count += int((target[1:] != -100).sum())
+    return _exp(total / max(count, 1))

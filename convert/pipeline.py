@@ -20,7 +20,7 @@ from kit.convert.checkpoint import Checkpoint, check_matches_config
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.measure import free_memory, hardware, peak_memory, reset_peak_memory, versions
 from kit.convert.progress import Progress
-from kit.convert.recipe import Layer, ModelFacts, PlanItem, Recipe, Stage, TrainRun
+from kit.convert.recipe import Layer, ModelFacts, PlanItem, Recipe, SearchRun, Stage, TrainRun
 from kit.convert.work import WorkFolder, put_in_place, restore_old
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ class _Conversion:
         rows: TokenRows | None = None
         for stage in recipe.active_stages():
             step = f"{number}-{stage.method}"
-            if stage.kind in ("layer", "train") and rows is None and recipe.needs_data():
+            if stage.kind in ("layer", "search", "train") and rows is None and recipe.needs_data():
                 rows = self.rows(number, recipe)
             if stage.kind == "prepare":
                 self.prepare(step, recipe, stage)
@@ -311,6 +311,9 @@ class _Conversion:
                 self.stream_layers(step, recipe, stage, rows, before, before_view)
             elif stage.kind == "allocate":
                 self.allocate(step, recipe, stage)
+            elif stage.kind == "search":
+                assert rows is not None
+                self.search(step, recipe, stage, rows, partial(self.streamed, before, before_view, recipe.float32))
             else:
                 assert rows is not None
                 original = partial(self.streamed, before, before_view, recipe.float32)
@@ -423,7 +426,7 @@ class _Conversion:
         float32, facts = recipe.float32, self.facts(before)
         model, feeder = self.streamed(before, self.view, float32), None
         if stage.propagate != "original":
-            feeder = self.streamed(recipe.build(facts), self.view, float32)
+            feeder = self.streamed(recipe.build_for_calibration(facts), self.view, float32)
         inputs = model.embed(rows.input_ids, rows.position_ids) if rows is not None else None
         originals = inputs if stage.propagate == "both" else None
         metrics: list[dict[str, Any]] = []
@@ -458,6 +461,17 @@ class _Conversion:
         done = self.work.metrics(step)
         if done is None:
             done = getattr(recipe, stage.method)(self.stats, self.facts(self.config))
+            self.work.commit(step, {}, done)
+        recipe.allocation |= done
+
+    def search(
+        self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, model: Callable[[], StreamedModel]
+    ) -> None:
+        """Run a search stage: like an allocate stage, with the streamed model at hand."""
+        done = self.work.metrics(step)
+        if done is None:
+            run = SearchRun(rows, self.device, self.progress, model, self.stats, self.facts(self.config))
+            done = getattr(recipe, stage.method)(run)
             self.work.commit(step, {}, done)
         recipe.allocation |= done
 

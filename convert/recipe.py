@@ -17,7 +17,7 @@ Nothing here imports torch, so that listing and planning recipes is quick.
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kit.convert.stats import ModelStats
     from kit.convert.streaming import Activations, StreamedModel
 
-StageKind = Literal["prepare", "layer", "allocate", "train"]
+StageKind = Literal["prepare", "layer", "search", "allocate", "train"]
 
 
 class RecipeConfig(BaseModel):
@@ -104,6 +104,11 @@ def layer_stage(
 def allocate_stage(function: Callable) -> Callable:
     """Mark `method(self, stats: dict[str, list[dict]], model: ModelFacts) -> dict`: choices from layers' metrics."""
     return _mark("allocate")(function)
+
+
+def search_stage(function: Callable) -> Callable:
+    """Mark `method(self, run: SearchRun) -> dict`: choices (as of allocate stages) from running the streamed model."""
+    return _mark("search")(function)
 
 
 def train_stage(function: Callable) -> Callable:
@@ -210,6 +215,36 @@ class TrainRun:
 
 
 @dataclass
+class SearchRun:
+    """The model before this recipe, for a search stage: any layer may be changed while it is resident.
+
+    Attributes:
+        rows: the calibration rows.
+        device: where resident layers live.
+        progress: report steps here.
+        model: makes the model before this recipe, one layer resident at a time.
+        stats: what the layer stages so far have measured, as allocate stages get it.
+        facts: the model's config and shapes.
+    """
+
+    rows: TokenRows
+    device: str
+    progress: Progress
+    model: Callable[[], StreamedModel]
+    stats: dict[str, list[dict]]
+    facts: ModelFacts
+
+    def layers(self, model: StreamedModel) -> Iterator[Layer]:
+        """Make the layers of a model resident in turn; each gets what left the one before it (`layer.advance`)."""
+        inputs = model.embed(self.rows.input_ids, self.rows.position_ids)
+        for index in range(len(model)):
+            with model.layer(index) as module:
+                layer = Layer(index, module, None, inputs, model, None, self.device, self.progress, self.facts)
+                yield layer
+                inputs = layer.advance()
+
+
+@dataclass
 class PlanItem:
     """One line of a recipe's plan."""
 
@@ -302,6 +337,10 @@ class Recipe(ABC):
     def build(self, model: ModelFacts) -> dict[str, Any]:
         """Return the config.json of the result, from which its modules are rebuilt (with `allocation`)."""
         return model.config
+
+    def build_for_calibration(self, model: ModelFacts) -> dict[str, Any]:
+        """Return the config under which layers that are done feed the next ones, where the result's runs otherwise."""
+        return self.build(model)
 
     def needs_data(self) -> bool:
         """Whether the stages look at text; without it layer stages have no `inputs` and train stages cannot run."""

@@ -23,6 +23,8 @@ COLUMNS = (
     ("kl", "KL to base", "{:.4f}"),
     ("top1", "top-1 same", "{:.1%}"),
     ("top5", "in top 5", "{:.1%}"),
+    ("sparse_tokens", "sparse tokens", "{:.0%}"),
+    ("weights_skipped", "weights skipped", "{:.1%}"),
     ("prefill_tokens_per_second", "prefill tok/s", "{:,.0f}"),
     ("decode_tokens_per_second", "decode tok/s", "{:,.1f}"),
     ("peak_memory_bytes", "peak memory", None),
@@ -193,4 +195,7 @@ def settings_line(settings: dict[str, Any]) -> str:
             f"own text: {settings['sampled_tokens']:,} held-out tokens sampled from {settings['sampled_from']}, "
             f"seed {settings['seed']}"
         )
+    if (dense := settings.get("dense_prefix")) is not None:
+        window = f"the first {dense:,} tokens of a text dense, the others" if dense else "every scored token"
+        parts.append(f"sparse models: {window} sparse")
     return "; ".join([*parts, f"{settings['dtype']} weights", str(settings["device"]), "± standard error over rows"])

@@ -249,6 +249,8 @@ def measured_on(measurement: Node) -> list[Part]:
         if "seed" in found:
             sentence += [", seed ", plain(found["seed"])]
         sentences.append(sentence)
+    if (dense := (measurement.get("settings") or Node({}, "")).get("dense_prefix")) is not None:
+        sentences.append(["sparse models: the first ", plain(dense), " tokens of a text dense, the others sparse"])
     if "dtype" in found:
         sentences.append(["dtype ", plain(found["dtype"])])
     if "device" in found:

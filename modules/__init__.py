@@ -2,12 +2,13 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kit.modules import modeling, quantized
+from kit.modules import modeling, quantized, sparsity
 from kit.modules.bundler import write_code
 
 modeling.LinearizedPreTrained.write_code = staticmethod(lambda folder: write_code(folder, modeling.__name__))
+sparsity.SparsePreTrained.write_code = staticmethod(lambda folder: write_code(folder, sparsity.__name__))
 
-for _module, _name in ((modeling, "Kit"), (quantized, "KitQuantized")):
+for _module, _name in ((modeling, "Kit"), (quantized, "KitQuantized"), (sparsity, "KitSparse")):
     for _prefix in _module.FAMILIES.values():
         _config = getattr(_module, f"{_name}{_prefix}Config")
         AutoConfig.register(_config.model_type, _config, exist_ok=True)
