@@ -27,11 +27,8 @@ def in_two(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def split_of(bounds, HAS_BOUNDS: tl.constexpr, num_splits, num_keys):
-    """(row, first key, last key + 1, split) of program 0; bounds are (N, 3) rows, starts and ends, else a row each."""
-    number = tl.program_id(0)
-    sequence = number // num_splits
-    split = number % num_splits
+def sequence_of(bounds, HAS_BOUNDS: tl.constexpr, sequence, num_keys):
+    """(row, first key, last key + 1) of a sequence; bounds are (N, 3) rows, starts and ends, else a row each."""
     if HAS_BOUNDS:
         row = tl.load(bounds + sequence * 3).to(tl.int64)
         start = tl.load(bounds + sequence * 3 + 1).to(tl.int64)
@@ -40,7 +37,7 @@ def split_of(bounds, HAS_BOUNDS: tl.constexpr, num_splits, num_keys):
         row = sequence.to(tl.int64)
         start = row * 0
         end = start + num_keys
-    return row, start, end, split
+    return row, start, end
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from kit.kernels.linear_attention.feature_kernel import map_backward
 from kit.kernels.linear_attention.launch import (
     Blocks,
     empty_heads,
+    like_or_nothing,
     namespace,
     on_device_of,
     over_groups,
@@ -109,8 +110,8 @@ def _backward(
         extra = row_products(d_out, out).mul_(weight).neg_()
     else:
         weight, extra = torch.full(shape, scale, **fp32), torch.zeros(shape, **fp32)
-    ends = d_last is not None and d_last_sum is not None
-    added = extra if normalize or ends else None
+    last = None if d_last is None or d_last_sum is None else (d_last.contiguous(), d_last_sum.contiguous())
+    added = extra if normalize or last is not None else None
     features, width = q.shape[-1], v.shape[-1]
     parts: list[dict[str, Tensor]] = [{}, {}, {}]
     terms = ("", "", "")
@@ -130,7 +131,6 @@ def _backward(
             {"pairs": pairs, "extra": extra},
         ]
     first = None if state is None or state_sum is None else (state.mT.contiguous(), state_sum)
-    last = None if d_last is None or d_last_sum is None else (d_last.contiguous(), d_last_sum.contiguous())
     of_queries = None if added is None else ("x", added)
     of_keys = None if added is None else ("y", added)
     d_q, *_ = call.run(
@@ -171,9 +171,8 @@ def _(d_out, out, mass, d_last, d_last_sum, q, k, v, log_gate, map_q, map_k, sta
     sequences, gate_needs_grad = len(q) if bounds is None else bounds.shape[0], options[-1]
     features = q.shape[-1] if map_q is None else 2 * map_q.shape[-1]
     fp32: Any = {"dtype": torch.float32, "device": q.device}
-    like = lambda x: torch.empty(0, **fp32) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)  # noqa: E731
     return (
-        *(like(x) for x in (q, k, v, log_gate if gate_needs_grad else None, map_q, map_k)),
+        *(like_or_nothing(x, q.device) for x in (q, k, v, log_gate if gate_needs_grad else None, map_q, map_k)),
         torch.empty(sequences, q.shape[1], v.shape[-1], features, **fp32),
         torch.empty(sequences, q.shape[1], features, **fp32),
     )
@@ -192,11 +191,8 @@ def _differentiate(ctx: Any, d_out: Tensor | None, _: Any, d_last: Tensor | None
     if d_out is None:
         d_out = torch.zeros_like(out)
     if d_last is not None or d_last_sum is not None:
-        sequences, features = (
-            len(q) if bounds is None else len(bounds),
-            q.shape[-1] if map_q is None else 2 * map_q.shape[-1],
-        )
-        shape = (sequences, q.shape[1])
+        features = q.shape[-1] if map_q is None else 2 * map_q.shape[-1]
+        shape = (len(q) if bounds is None else len(bounds), q.shape[1])
         d_last = q.new_zeros(*shape, v.shape[-1], features, dtype=torch.float32) if d_last is None else d_last
         d_last_sum = q.new_zeros(*shape, features, dtype=torch.float32) if d_last_sum is None else d_last_sum
     gate_needs_grad = log_gate is not None and ctx.needs_input_grad[3]

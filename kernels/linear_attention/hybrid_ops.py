@@ -14,6 +14,7 @@ from kit.kernels.linear_attention.feature_kernel import map_backward
 from kit.kernels.linear_attention.launch import (
     Blocks,
     empty_heads,
+    like_or_nothing,
     namespace,
     on_device_of,
     over_groups,
@@ -180,10 +181,9 @@ def _backward(
         window_grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in likes]
     d_q, d_k, d_v, *others = window_grads
     if past:
-        for whole, part, rows in zip(
-            (d_q, d_k, d_v), past, (slice(window, None), slice(-window), slice(-window)), strict=True
-        ):
-            whole[:, :, rows] += part
+        d_q[:, :, window:] += past[0]
+        d_k[:, :, :-window] += past[1]
+        d_v[:, :, :-window] += past[2]
     return d_q, d_k, d_v, *d_maps, *others  # type: ignore[return-value]
 
 
@@ -261,10 +261,7 @@ def _window_backward(
 
 @_backward.register_fake
 def _(d_out, out, log_mass, q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, *options):
-    def like(x: Tensor | None) -> Tensor:
-        return torch.empty(0, device=q.device) if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-    return tuple(like(x) for x in (q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v))
+    return tuple(like_or_nothing(x, q.device) for x in (q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -77,6 +77,13 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+def like_or_nothing(x: Tensor | None, device: torch.device) -> Tensor:
+    """A contiguous tensor shaped like another, or an empty one: a gradient, where torch.compile asks for its shape."""
+    if x is None:
+        return torch.empty(0, dtype=torch.float32, device=device)
+    return torch.empty(x.shape, dtype=x.dtype, device=device)
+
+
 def on_device_of(x: Tensor) -> Any:
     """A context for launches: Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device_of(x)
@@ -119,11 +126,6 @@ def row_products(x: Tensor, y: Tensor) -> Tensor:
             x, y, out, *x.stride()[:3], *y.stride()[:3], length, WIDTH=width, BT=rows, num_warps=4
         )
     return out
-
-
-def over_value_blocks(x: Tensor, like: Tensor) -> Tensor:
-    """Sum the value blocks' terms (value blocks, ...) in the dtype of a tensor."""
-    return (x[0] if len(x) == 1 else x.sum(0)).to(like.dtype)
 
 
 def over_groups(x: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ All products are transposed, so that the state is an operand without going throu
 
 from __future__ import annotations
 
-from kit.kernels.linear_attention.blocks import dot, in_two, load_block, split_of
+from kit.kernels.linear_attention.blocks import dot, in_two, load_block, sequence_of
 
 try:
     import triton
@@ -29,7 +29,8 @@ def cumulate_gates(
 ):
     """Sum log gates (B, H, T) within each block, in base 2: (B, H, T) fp32. A split is one block."""
     head = tl.program_id(1)
-    row, start, end, block = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
+    block = tl.program_id(0) % num_splits
+    row, start, end = sequence_of(bounds, HAS_BOUNDS, tl.program_id(0) // num_splits, num_keys)
     time = start + block * BT + tl.arange(0, BT)
     ok = time < end
     gate = tl.load(log_gate + row * gate_batch + head.to(tl.int64) * gate_head + time, mask=ok, other=0.0)
@@ -61,8 +62,9 @@ def gate_gradient(
     block; the next one's follows from it. No sum is longer than two blocks, so rounding does not build up with T.
     """
     head = tl.program_id(1)
-    row, start, end, block = split_of(bounds, HAS_BOUNDS, num_splits, num_keys)
     sequence = tl.program_id(0) // num_splits
+    block = tl.program_id(0) % num_splits
+    row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
     time = start + block * BT + tl.arange(0, BT)
     ok = time < end
     at = (row * tl.num_programs(1) + head) * num_keys + time
@@ -172,13 +174,7 @@ def recurrence(
     number = tl.program_id(2)
     sequence = number // num_splits
     split = number % num_splits
-    row = sequence.to(tl.int64)
-    start = row * 0
-    end = start + num_keys
-    if HAS_BOUNDS:
-        row = tl.load(bounds + sequence * 3).to(tl.int64)
-        start = tl.load(bounds + sequence * 3 + 1).to(tl.int64)
-        end = tl.load(bounds + sequence * 3 + 2).to(tl.int64)
+    row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
     rows = (row * heads + head) * num_keys
     y += row * y_batch + (head // y_group).to(tl.int64) * y_head
     z += row * z_batch + (head // z_group).to(tl.int64) * z_head + value_block * BV

@@ -7,7 +7,7 @@ kernel adds it up with the softmax over the window. Letters and the equation: re
 
 from __future__ import annotations
 
-from kit.kernels.linear_attention.blocks import dot, load_block
+from kit.kernels.linear_attention.blocks import dot, load_block, sequence_of
 
 try:
     import triton
@@ -53,20 +53,6 @@ def _absorb(x, keys, values, seen, scale, log_g, y, total, top, PRECISION: tl.co
     shrink = tl.exp(top - higher)
     y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision=PRECISION)
     return y, total * shrink + tl.sum(p, 1), higher
-
-
-@triton.jit
-def _sequence(bounds, HAS_BOUNDS: tl.constexpr, num_keys):
-    """(row, first key, length) of program 2's sequence."""
-    sequence = tl.program_id(2)
-    row = sequence.to(tl.int64)
-    start = row * 0
-    length = (start + num_keys).to(tl.int32)
-    if HAS_BOUNDS:
-        row = tl.load(bounds + sequence * 3).to(tl.int64)
-        start = tl.load(bounds + sequence * 3 + 1).to(tl.int64)
-        length = (tl.load(bounds + sequence * 3 + 2) - start).to(tl.int32)
-    return row, start, length
 
 
 @triton.jit
@@ -128,7 +114,8 @@ def window_forward(
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
-    row, start, length = _sequence(bounds, HAS_BOUNDS, num_keys)
+    row, start, end = sequence_of(bounds, HAS_BOUNDS, tl.program_id(2), num_keys)
+    length = (end - start).to(tl.int32)
     index = tl.arange(0, BT)
     place = block * BT + index
     ok = (place < length) & (place >= num_before)
@@ -236,7 +223,8 @@ def window_backward_queries(
     others (N, programs, H, ...), fp32, are one program's terms.
     """
     head = tl.program_id(1)
-    row, start, length = _sequence(bounds, HAS_BOUNDS, num_keys)
+    row, start, end = sequence_of(bounds, HAS_BOUNDS, tl.program_id(2), num_keys)
+    length = (end - start).to(tl.int32)
     index = tl.arange(0, BT)
     wide = tl.arange(0, DIM)
     columns = tl.arange(0, V)
@@ -341,7 +329,8 @@ def window_backward_keys(
     """The window's dk (B, H, T, DIM) and dv (B, H, T, V), for each query head."""
     block = tl.program_id(0)
     head = tl.program_id(1)
-    row, start, length = _sequence(bounds, HAS_BOUNDS, num_keys)
+    row, start, end = sequence_of(bounds, HAS_BOUNDS, tl.program_id(2), num_keys)
+    length = (end - start).to(tl.int32)
     index = tl.arange(0, BT)
     key_place = block * BT + index
     there = key_place < length
