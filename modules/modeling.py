@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kit.modules.cache import cache_argument
 from kit.modules.linear_attention import CacheSlot, HybridLinearAttention
+from kit.modules.own_code import CarriesCode
 
 ATTENTION = "kit_linear"
 LAYER_TYPE = "hybrid_sliding"  # transformers' name of a cache layer with window keys and a recurrent state
@@ -103,18 +103,8 @@ class LinearizedAttention:
         return out.transpose(1, 2)
 
 
-class LinearizedPreTrained:
+class LinearizedPreTrained(CarriesCode):
     """What the base model and the language model share."""
-
-    write_code: Callable[[str], None] | None = (
-        None  # set where kit is installed; elsewhere transformers copies the code
-    )
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As usual, with the code that the checkpoint runs on."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if self.write_code is not None:
-            self.write_code(save_directory)
 
     def _check_and_adjust_attn_implementation(self, *args: Any, **kwargs: Any) -> str:
         return ATTENTION

@@ -13,7 +13,7 @@ replaced, as the key "sparsity" of its config says:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 from kit.kernels.sparse_matvec import keep_mask, sparse_linear, sparse_swiglu
+from kit.modules.own_code import CarriesCode
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -278,18 +279,8 @@ def skipped_weights(model: nn.Module, counts: dict[str, Tensor]) -> tuple[dict[s
 # ---- transformers
 
 
-class SparsePreTrained:
+class SparsePreTrained(CarriesCode):
     """What the base model and the language model share."""
-
-    write_code: Callable[[str], None] | None = (
-        None  # set where kit is installed; elsewhere transformers copies the code
-    )
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As usual, with the code that the checkpoint runs on."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if self.write_code is not None:
-            self.write_code(save_directory)
 
     def _init_weights(self, module: Any) -> None:
         if isinstance(module, InputMask):
