@@ -160,6 +160,9 @@ def adapt(
         Path | None,
         typer.Option(help="File of covariances: read if it exists, else measured and written.", show_default=False),
     ] = None,
+    dynamic_rank: Annotated[
+        bool, typer.Option("--dynamic-rank", help="Ranks by how compact each linear's spectrum is, at equal cost.")
+    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a whole checkpoint, and the adapter in its folder adapter.")
     ] = False,
@@ -193,6 +196,7 @@ def adapt(
 
     _libraries(verbose)
     settings = {"train_data.dataset": train, "data.dataset": knowledge, "training.batch_size": batch_size, "seed": seed}
+    settings["dynamic_rank"] = True if dynamic_rank else None
     recipes = load_recipes(recipe, [*_settings(settings), *(set_ or [])])
     checkpoint = open_checkpoint(model, revision=revision)
     options = AdaptOptions(

@@ -1,22 +1,23 @@
 """Learn without forgetting: LoRA, PiSSA, MiLoRA, CorDA (both modes) and KORE at equal trained parameters.
 
-    python benchmarks/adapters.py smollm2 --data-dir DATA --output dev.json --split dev --learning-rates 1e-3 3e-3
-    python benchmarks/adapters.py smollm2 --data-dir DATA --output test.json --learning-rate lora=1e-3 ...
-    python benchmarks/adapters.py --report test.json
+    python benchmarks/adapters.py smollm2 --data-dir DATA --output runs.json --split dev test
+    python benchmarks/adapters.py --report runs.json
 
 Targets: `facts`, fifty invented facts (`invented_facts.py`) through `kit augment`'s templates, asked for in held-out
 words; `gsm8k`, the form of GSM8K's solutions. Preserved: WikiText, LAMBADA, NQ-open. KORE and CorDA-KPM see covariances
 of WikiText's and C4's training part, CorDA-IPM those of what is learned.
 
-`--split dev` measures on other facts, the last 400 rows of GSM8K's training file and the last fifth of WikiText's, and
-names the learning rate of each method whose right answers are likeliest; every method gets the same grid.
-`--split test` reads the test files. DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl, wikitext2_train_5k.txt,
-wikitext2_raw_test.txt, c4_sample_300.jsonl, lambada_openai_test.jsonl and nq_open_dev.jsonl.
+`--split dev` measures on other facts, the last 400 rows of GSM8K's training file and the last fifth of WikiText's, with
+the first seed. Every method gets the same grid of learning rates, continued beyond an end (1e-4, 3e-5, ...) for as long
+as right answers are likeliest there. `--split test` reads the test files, at a method's --learning-rate, or at the one
+after which right answers of the development split were likeliest. DATA holds gsm8k_train.jsonl, gsm8k_test.jsonl,
+wikitext2_train_5k.txt, wikitext2_raw_test.txt, c4_sample_300.jsonl, lambada_openai_test.jsonl and nq_open_dev.jsonl.
 
 The base is loaded once, in fp32, and its weights are copied back after each run; training and measuring run under bf16
 autocast on a GPU. What a method starts from depends on no seed (LoRA's does) and is worked out once, in float64, on the
 CPU's cores; --starts keeps it for other processes. A run is measured with its adapter merged. Every run is written to
---output as it ends; --resume goes on. Methods and seeds may be spread over processes: --report takes all their files.
+--output as it ends; --resume goes on. Methods (`base` is one: the model before) and targets may be spread over
+processes: --report takes all their files.
 On the CPU: --steps 3 --limit 8 --window 128 --targets facts --methods lora kore --seeds 0.
 """
 
@@ -29,13 +30,14 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from adapter_tables import read_runs, report
+from adapter_tables import best_rates, grouped, plot, read_runs, report
 from invented_facts import invented_facts
 from torch import Tensor
 
@@ -66,9 +68,12 @@ METHODS = {  # the recipe of each, and its options
     "corda-kpm-balanced": ("corda", ["mode=kpm", "split=balanced"]),
 }
 SIX = list(METHODS)[:6]
+BASE = "base"  # the model before
 TARGETS = ("facts", "gsm8k")
-DECIDES = ("model", "split", "steps", "batch_size", "rank", "window", "limit", "target_modules", "max_new_tokens")
+DECIDES = ("model", "steps", "batch_size", "rank", "window", "limit", "target_modules", "max_new_tokens")
 SIZES = {"windows": 32, "lambada": 1000, "nq": 400, "gsm8k": 128}  # what is measured on, unless --limit is less
+LADDER = [float(f"{digit}e{power}") for power in range(-6, -1) for digit in (1, 3)]  # rates beyond the grid's ends
+DEV_TOKENS = 32  # of a generated answer on the development split, where rates are chosen by likelihoods
 
 
 @dataclass
@@ -88,14 +93,15 @@ class Bench:
     tokenizer: Any
     device: str
     facts: ModelFacts
-    targets: dict[str, Target]
-    windows: Tensor  # of the preserve set, held out, (N, T)
-    lambada: list[tuple[str, str]]
-    nq: list[Question]
-    knowledge: list[TokenRows] = field(default_factory=list)
+    weights: dict[str, Tensor]
+    knowledge: list[TokenRows]
+    split: str = ""
+    targets: dict[str, Target] = field(default_factory=dict)
+    windows: Tensor = field(default_factory=lambda: torch.empty(0))  # of the preserve set, held out, (N, T)
+    lambada: list[tuple[str, str]] = field(default_factory=list)
+    nq: list[Question] = field(default_factory=list)
     held_out: dict[str, Tensor] = field(default_factory=dict)
-    base_log_probs: Tensor | None = None
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    base_log_probs: Tensor = field(default_factory=lambda: torch.empty(0))
     covariances: dict[str, Covariances] = field(default_factory=dict)
     starts: dict[str, dict[str, Factors]] = field(default_factory=dict)
 
@@ -126,39 +132,66 @@ def main() -> None:
     """Run what is asked for and print a table a target."""
     options = parse()
     if options.report:
-        return print(report(*read_runs(options.report)))
+        settings, runs = read_runs(options.report)
+        if options.plot:
+            plot(runs, options.plot)
+        return print(report(settings, runs))
     if options.output.exists() and not (options.resume or options.overwrite):
         raise SystemExit(f"{options.output} exists: add --resume or --overwrite")
     device = resolve_device(options.device)
-    settings: dict[str, Any] = {key: getattr(options, key) for key in DECIDES}
+    settings = {key: getattr(options, key) for key in DECIDES}
     settings |= {"device": hardware(device), "versions": versions()}
     done: dict[str, Any] = {"settings": settings, "runs": {}}
     if options.resume and options.output.exists():
         done = json.loads(options.output.read_text())
         if done["settings"] != json.loads(json.dumps(settings)):
             raise SystemExit(f"{options.output} has other settings: {done['settings']}")
-    wanted: list[dict[str, Any]] = [{"target": target} for target in options.targets]
-    wanted += [
-        {"target": target, "method": method, "learning_rate": rate, "seed": seed}
-        for target in options.targets
-        for seed in options.seeds
-        for method in options.methods
-        for rate in rates_of(options, method)
-    ]
-    wanted = [of for of in wanted if key_of(of) not in done["runs"]]
-    bench = prepare(options, device) if wanted else None
-    for of in wanted:
-        assert bench is not None
-        started = time.monotonic()
-        try:
-            found = run(bench, **of) if "method" in of else measure(bench, of["target"])
-        except KitError as error:  # a learning rate of a grid may be too high
-            print(f"{key_of(of)}: {error}", flush=True)
-            continue
-        done["runs"][key_of(of)] = {"of": of} | found
-        save(options.output, done)
-        print(f"{key_of(of)}: {time.monotonic() - started:.1f} s", flush=True)
+    bench: Bench | None = None
+    for split in options.split:
+        for target in options.targets:
+            for method in options.methods:
+                for of in wanted(options, done["runs"], {"split": split, "target": target, "method": method}):
+                    bench = bench or load(options, device)
+                    if bench.split != split:
+                        read_split(bench, split)
+                    started = time.monotonic()
+                    try:
+                        found = run(bench, **of) if "seed" in of else measure(bench, target)
+                    except KitError as error:  # a learning rate of a grid may be too high
+                        print(f"{key_of(of)}: {error}", flush=True)
+                        found = {}
+                    done["runs"][key_of(of)] = {"of": of} | found
+                    save(options.output, done)
+                    print(f"{key_of(of)}: {time.monotonic() - started:.1f} s", flush=True)
     print(report(settings, done["runs"]))
+
+
+def wanted(options: argparse.Namespace, runs: dict[str, Any], of: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is left to run of a method; what is asked for next may depend on the runs that were yielded before."""
+    if of["method"] == BASE:
+        yield from [of] * (key_of(of) not in runs)
+        return
+    dev = of["split"] == "dev"
+    rates = sorted(options.learning_rates)
+    if not dev:
+        given = dict(rate.split("=") for rate in options.learning_rate)
+        chosen = best_rates(grouped(runs, "dev", of["target"])).get(of["method"])
+        rates = [float(given[of["method"]])] if of["method"] in given else [chosen] if chosen else rates
+    for seed in options.seeds[:1] if dev else options.seeds:
+        for rate in rates:
+            run_of = of | {"learning_rate": rate, "seed": seed}
+            if key_of(run_of) not in runs:
+                yield run_of
+    while dev and options.widen:
+        best = best_rates(grouped(runs, "dev", of["target"])).get(of["method"])
+        lower = [rate for rate in LADDER if rate < rates[0]][-1:] if best == rates[0] else []
+        higher = [rate for rate in LADDER if rate > rates[-1]][:1] if best == rates[-1] else []
+        if not (new := lower or higher):
+            return
+        rates = sorted(rates + new)
+        run_of = of | {"learning_rate": new[0], "seed": options.seeds[0]}
+        if key_of(run_of) not in runs:
+            yield run_of
 
 
 def key_of(of: dict[str, Any]) -> str:
@@ -171,10 +204,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--report", nargs="+", type=Path, help="only print the tables of files that --output wrote")
+    parser.add_argument("--plot", type=Path, help="with --report: PNG of what the development grid learned and lost")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--output", type=Path, help="JSON of every run")
     parser.add_argument("--starts", type=Path, help="folder that keeps what methods start from")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=SIX)
+    parser.add_argument("--methods", nargs="+", choices=[BASE, *METHODS], default=[BASE, *SIX])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
@@ -182,12 +216,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="tokens a row, of training and of the preserve set")
     parser.add_argument("--rank", type=int, default=16, help="LoRA's; other methods train as many parameters")
     parser.add_argument(
-        "--learning-rates", nargs="+", type=float, default=[1e-3], help="the same grid for every method"
+        "--learning-rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="the same grid for every method"
     )
-    parser.add_argument(
-        "--learning-rate", action="append", default=[], metavar="METHOD=LR", help="instead, of a method"
-    )
-    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--no-widen", dest="widen", action="store_false", help="no rates beyond the grid")
+    parser.add_argument("--learning-rate", action="append", default=[], metavar="METHOD=LR", help="for the test split")
+    parser.add_argument("--split", nargs="+", choices=("dev", "test"), default=["dev", "test"], help="in this order")
     parser.add_argument("--limit", type=int, help="windows and questions at most, and calibration rows")
     parser.add_argument("--eval-batch-size", type=int, default=128)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of a generated answer")
@@ -201,12 +234,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def rates_of(options: argparse.Namespace, method: str) -> list[float]:
-    """The learning rates that a method is run with."""
-    own = [float(rate) for name, _, rate in (given.partition("=") for given in options.learning_rate) if name == method]
-    return own or options.learning_rates
-
-
 def save(path: Path, done: dict[str, Any]) -> None:
     """Write the runs, whole or not at all."""
     part = path.with_suffix(".part")
@@ -214,55 +241,60 @@ def save(path: Path, done: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def prepare(options: argparse.Namespace, device: str) -> Bench:
-    """Load the base and the data, and store what the base says of the preserve set."""
+def load(options: argparse.Namespace, device: str) -> Bench:
+    """The base, and what KORE and CorDA-KPM see of the preserved knowledge."""
     checkpoint = open_checkpoint(options.model)
     tokenizer = checkpoint.load_tokenizer()
     model = checkpoint.load_model(torch.float32, device)
-    data, dev = options.data_dir, options.split == "dev"
-    lines = (data / "wikitext2_train_5k.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    train, last = "".join(lines[: len(lines) * 4 // 5]), "".join(lines[len(lines) * 4 // 5 :])
-    held_out = last if dev else (data / "wikitext2_raw_test.txt").read_text(encoding="utf-8")
+    pages = [row for _, row in read_rows(options.data_dir / "c4_sample_300.jsonl")][:200]
+    with tempfile.TemporaryDirectory() as folder:
+        (text := Path(folder) / "train.txt").write_text(wikitext(options, "train"), encoding="utf-8")
+        (web := Path(folder) / "web.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages), "utf-8")
+        knowledge = [
+            load_rows(DataConfig(dataset=str(file), num_samples=count, seq_len=options.window), tokenizer, seed=0)
+            for file, count in ((text, 128), (web, 64))
+        ]
+    bench = Bench(options, model, tokenizer, device, ModelFacts.of(checkpoint), {}, knowledge)
+    linears = target_linears(model, bench.recipe("lora", options.rank, 1e-3, 0).config)
+    bench.weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    return bench
+
+
+def read_split(bench: Bench, split: str) -> None:
+    """Read a split's data, and store what the base says of its preserve set."""
+    options, dev = bench.options, split == "dev"
 
     def some(what: str) -> int:
         return min(SIZES[what], options.limit or SIZES[what])
 
-    def rows(name: str) -> list[dict[str, Any]]:
-        return [row for _, row in read_rows(data / name)]
+    def rows(name: str, what: str) -> list[dict[str, Any]]:
+        return [] if dev else spaced([row for _, row in read_rows(options.data_dir / name)], some(what))
 
+    bench.split = split
+    bench.targets = {name: read_target(name, split, bench, some("gsm8k")) for name in options.targets}
     # Which test questions are taken: evenly spaced, so that the choice does not follow the file's order.
-    lambada = [] if dev else spaced(rows("lambada_openai_test.jsonl"), some("lambada"))
-    nq = [] if dev else spaced(rows("nq_open_dev.jsonl"), some("nq"))
-    windows = perplexity_windows(joined(held_out), tokenizer, options.window)
-    bench = Bench(
-        options,
-        model,
-        tokenizer,
-        device,
-        ModelFacts.of(checkpoint),
-        {name: read_target(name, options, tokenizer, some("gsm8k")) for name in options.targets},
-        torch.stack(spaced(list(windows), some("windows"))),
-        [(row["context"], " " + row["continuation"]) for row in lambada],
-        [Question(row["question"] + "?", tuple(row["answer"])) for row in nq],
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        (text := Path(folder) / "train.txt").write_text(train, encoding="utf-8")
-        web = Path(folder) / "web.jsonl"
-        web.write_text("".join(json.dumps(row) + "\n" for row in rows("c4_sample_300.jsonl")[:200]), encoding="utf-8")
-        bench.knowledge = [
-            load_rows(DataConfig(dataset=str(file), num_samples=count, seq_len=options.window), tokenizer, seed=0)
-            for file, count in ((text, 128), (web, 64))
-        ]
-    linears = target_linears(model, bench.recipe("lora", options.rank, 1e-3, 0).config)
-    bench.weights = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    bench.windows = perplexity_windows(joined(wikitext(options, split)), bench.tokenizer, options.window)
+    bench.windows = torch.stack(spaced(list(bench.windows), some("windows")))
+    bench.lambada = [(r["context"], " " + r["continuation"]) for r in rows("lambada_openai_test.jsonl", "lambada")]
+    bench.nq = [Question(row["question"] + "?", tuple(row["answer"])) for row in rows("nq_open_dev.jsonl", "nq")]
     positions = torch.arange(options.window).repeat(len(bench.windows), 1)
     held = collect(bench, TokenRows(bench.windows, positions, len(bench.windows), "held out", ""))
-    bench.held_out = {name: held.get(name) for name in linears}
-    bench.base_log_probs = torch.empty(bench.windows.numel(), model.config.vocab_size, device=device)
+    bench.held_out = {name: held.get(name) for name in bench.weights}
+    # On the CPU: it is 3 GB, and several processes may share a GPU.
+    bench.base_log_probs = torch.empty(bench.windows.numel(), bench.model.config.vocab_size)
     with bench.autocast():
-        preserve_scores(model, bench.windows, bench.base_log_probs, True, 4)
-    print("model and data are read", flush=True)
-    return bench
+        preserve_scores(bench.model, bench.windows, bench.base_log_probs, True, 4)
+    print(f"split {split}: model and data are read", flush=True)
+
+
+def wikitext(options: argparse.Namespace, part: str) -> str:
+    """WikiText: the first four fifths of the training file, its last fifth ("dev"), or the test file."""
+    if part == "test":
+        return (options.data_dir / "wikitext2_raw_test.txt").read_text(encoding="utf-8")
+    text = (options.data_dir / "wikitext2_train_5k.txt").read_text(encoding="utf-8")
+    lines = text.splitlines(keepends=True)
+    cut = len(lines) * 4 // 5
+    return "".join(lines[:cut] if part == "train" else lines[cut:])
 
 
 def spaced(values: list[Any], count: int) -> list[Any]:
@@ -276,9 +308,9 @@ def joined(text: str) -> str:
     return "\n\n".join(line if line.strip() else "" for line in text.splitlines(keepends=True))
 
 
-def read_target(name: str, options: argparse.Namespace, tokenizer: Any, count: int) -> Target:
+def read_target(name: str, split: str, bench: Bench, count: int) -> Target:
     """Training rows and held-out questions of a target."""
-    data, dev = options.data_dir, options.split == "dev"
+    options, data, dev = bench.options, bench.options.data_dir, split == "dev"
     with tempfile.TemporaryDirectory() as folder:
         train = Path(folder) / "train.jsonl"
         if name == "facts":
@@ -294,7 +326,7 @@ def read_target(name: str, options: argparse.Namespace, tokenizer: Any, count: i
             train.write_text("".join(json.dumps(row) + "\n" for row in rows[:-400]), encoding="utf-8")
             questions = [Question(row["question"], (row["answer"],)) for row in spaced(asked, count)]
         config = TrainDataConfig(dataset=str(train), seq_len=options.window)
-        return Target(load_rows(config, tokenizer, seed=0), questions)
+        return Target(load_rows(config, bench.tokenizer, seed=0), questions)
 
 
 def collect(bench: Bench, rows: TokenRows) -> Covariances:
@@ -320,7 +352,7 @@ def covariances_of(bench: Bench, source: str, target: str) -> Covariances | None
     """What a method's start needs, measured once: of the target's rows, of the knowledge, or nothing."""
     if source == "none":
         return None
-    key = target if source == "training" else source
+    key = f"{target} {bench.split}" if source == "training" else source
     if key not in bench.covariances:
         parts = [bench.targets[target].rows] if source == "training" else bench.knowledge
         measured = [collect(bench, part) for part in parts]
@@ -334,7 +366,7 @@ def start_of(bench: Bench, target: str, method: str, recipe: AdapterRecipe) -> d
     if method == "lora":
         return None
     source = recipe.covariance_source()
-    key = f"{method}-{target}-{bench.options.split}" if source == "training" else method
+    key = f"{method}-{target}-{bench.split}" if source == "training" else method
     if key in bench.starts:
         return bench.starts[key]
     file = bench.options.starts / f"{key}.safetensors" if bench.options.starts else None
@@ -364,8 +396,9 @@ def start_of(bench: Bench, target: str, method: str, recipe: AdapterRecipe) -> d
     return bench.starts[key]
 
 
-def run(bench: Bench, target: str, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
+def run(bench: Bench, split: str, target: str, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
     """Attach, train, measure, and put the base's weights back."""
+    assert split == bench.split
     plan, rank = bench.plan(method)
     recipe = bench.recipe(method, rank, learning_rate, seed)
     initial = start_of(bench, target, method, recipe)
@@ -431,13 +464,13 @@ def measure(bench: Bench, target: str) -> dict[str, Any]:
     """What the model knows of the target and kept of the rest."""
     model, tokenizer, size = bench.model.eval(), bench.tokenizer, bench.options.eval_batch_size
     learned = bench.targets[target]
+    most = min(bench.options.max_new_tokens, DEV_TOKENS if bench.split == "dev" else bench.options.max_new_tokens)
     with bench.autocast():
-        scores = target_scores(model, tokenizer, learned.questions, size, max_new_tokens=bench.options.max_new_tokens)
+        scores = target_scores(model, tokenizer, learned.questions, size, max_new_tokens=most)
         found: dict[str, Any] = {"target": summary(scores)}
         found["target"]["form"] = statistics.mean("####" in sample["text"] for sample in scores["samples"])
         found["perplexity"] = perplexity(model, bench.windows)
-        if bench.base_log_probs is not None:
-            found["preserve"] = preserve_scores(model, bench.windows, bench.base_log_probs, False, 4)
+        found["preserve"] = preserve_scores(model, bench.windows, bench.base_log_probs, False, 4)
         if bench.lambada:
             pairs = sorted(bench.lambada, key=lambda pair: len(pair[0]))
             parts = [score(model, tokenizer, pairs[i : i + size]) for i in range(0, len(pairs), size)]

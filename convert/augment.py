@@ -510,7 +510,7 @@ class _PartFile:
         self.done: dict[str, dict[str, Any]] = {}
         self._check_place(overwrite, resume)
         if self.file.exists() and resume:
-            lines = self.file.read_text(encoding="utf-8").split("\n")
+            lines = self.file.read_text(encoding="utf-8", errors="replace").split("\n")  # a kill may cut a character
             if json.loads(lines[0] or "{}").get("decides") != decides:
                 raise KitError(
                     "the run that was cut off had other items, templates, seed or writer",

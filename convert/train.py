@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,8 @@ def fit(
         The loss of each update.
 
     Raises:
-        KitError: if the loss is not finite; the parameters keep their last finite values. If `checkpoint` is of another
-            training, or cannot be written.
+        KitError: if the loss or its gradient is not finite; the parameters keep their last finite values. If
+            `checkpoint` is of another training, or cannot be written.
     """
     from accelerate import Accelerator
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
@@ -103,15 +104,16 @@ def fit(
                     loss = loss_of(rows) * share
                 accelerator.backward(loss)
                 total += float(loss.detach())
-            if not torch.isfinite(torch.tensor(total)):
-                raise KitError(
-                    f"the loss of {name} is {total} at step {step + 1}",
-                    where=f"{name}: learning_rate={config.learning_rate}",
-                    next_step="lower the learning rate (for example --set "
-                    + name
-                    + f".learning_rate={config.learning_rate / 10:g})",
-                )
-            accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
+            for what, value in (("loss", total), ("norm of the gradient", float(norm))):
+                if not isfinite(value):
+                    raise KitError(
+                        f"the {what} of {name} is {value} at step {step + 1}",
+                        where=f"{name}: learning_rate={config.learning_rate}",
+                        next_step="lower the learning rate (for example --set "
+                        + name
+                        + f".learning_rate={config.learning_rate / 10:g})",
+                    )
             whole = False  # an interrupt from here on would leave some parameters behind the others
             optimizer.step()
             schedule.step()

@@ -298,6 +298,8 @@ def test_the_command_prints_its_plan_and_its_result(llama, data, tmp_path):
     planned = json.loads(CliRunner().invoke(app, [*command, "--dry-run"], catch_exceptions=False).stdout)["plan"]
     assert planned["measured on"].startswith(f"knowledge: {data[1]}, 8 rows")
     assert f"{STEPS} updates of 2 rows" in planned["training"]
+    late = CliRunner().invoke(app, [*command, "--dry-run", "--dynamic-rank"], catch_exceptions=False)
+    assert "known when the ranks are" in json.loads(late.stdout)["plan"]["trained"]
     assert not (tmp_path / "out").exists()
     report = json.loads(CliRunner().invoke(app, command, catch_exceptions=False).stdout)
     assert report["recipes"][0]["seed"] == 3

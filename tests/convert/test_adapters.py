@@ -116,6 +116,15 @@ def test_trained_adapters_go_on_the_untouched_base_and_merge(name, tmp_path, loa
     expected = logits(adapted)
     assert relative(expected, logits(load())) > 1e-2
     export(adapted, tmp_path)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    for linear, module in adapted.kit_adapter.modules.items():
+        layer, first = adapted.get_base_model().get_submodule(module), adapted.kit_adapter.initial[linear]
+        a, b = (written[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+        assert torch.equal(a[:4], layer.lora_A.default.weight)
+        assert torch.equal(b[:, :4], layer.lora_B.default.weight - (first.b if name == "kore" else 0))
+        if len(a) == 8:
+            assert torch.equal(a[4:], first.a)
+            assert torch.equal(b[:, 4:], -first.b)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     assert config["r"] == (4 if name in ("lora", "kore", "kore-zero") else 8)
@@ -123,7 +132,6 @@ def test_trained_adapters_go_on_the_untouched_base_and_merge(name, tmp_path, loa
     loaded = PeftModel.from_pretrained(load(), tmp_path).eval()
     assert relative(logits(loaded), expected) < 2e-5
     again = {n.replace(".default.", "."): p for n, p in loaded.named_parameters() if "lora_" in n}
-    written = load_file(tmp_path / "adapter_model.safetensors")
     assert written.keys() == again.keys()
     assert all(torch.equal(again[key], written[key]) for key in written)
     rounded = PeftModel.from_pretrained(load(torch.bfloat16), tmp_path).eval()
@@ -360,6 +368,27 @@ def test_bad_data_is_guarded_and_named(folder, facts, load, caplog):
         for factors in adapted.kit_adapter.initial.values():
             assert factors.a.isfinite().all()
             assert factors.b.isfinite().all()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_ill_conditioned_inputs_and_zero_rows_are_guarded_and_named(name, load, facts, caplog):
+    model = load()
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight.copy_(torch.logspace(0, -5, 48))
+        model.model.layers[1].mlp.up_proj.weight[:6] = 0
+    batch = {"input_ids": random_rows(24).input_ids}
+    covariances = collect_from_model(model, [batch], targets=list(decoder_linears(facts)))
+    before = logits(model)
+    with caplog.at_level(logging.WARNING, logger="kit"):
+        adapted = attach(model, make_recipe(name), covariances)
+    assert relative(logits(adapted), before) < 1e-5
+    assert all(f.a.isfinite().all() and f.b.isfinite().all() for f in adapted.kit_adapter.initial.values())
+    warned = caplog.text + "".join(adapted.kit_adapter.warnings)
+    assert "layers.1.mlp.up_proj: 6 of " in warned
+    looks = make_recipe(name).covariance_source() != "none"
+    assert ("layers.0.self_attn.q_proj: C is ill-conditioned" in warned) is looks
+    assert ("layers.1.mlp.down_proj: 6 of " in warned) is looks
+    assert relative(logits(train(adapted)), before) > 1e-2
 
 
 def test_each_cause_has_its_warning():

@@ -195,8 +195,8 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(items, tmp_path, monkey
         augment(items, output, writer=Scripted(good, calls=1))
     assert not output.exists()
     part = tmp_path / ".out.jsonl.kit-part"
-    if cut:  # as if killed inside the line of the second item
-        part.write_text(part.read_text()[:-cut])
+    if cut:  # as if killed inside the line of the second item, and inside a character
+        part.write_bytes(part.read_bytes()[:-cut] + "é".encode()[:1])
     with pytest.raises(KitError, match="cut off") as caught:
         augment(items, output, writer=Scripted(good))
     assert "--resume" in caught.value.next_step

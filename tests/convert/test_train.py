@@ -97,6 +97,15 @@ def test_a_kill_loses_what_came_after_the_last_save(uninterrupted, tmp_path):
     assert train(state)[0] == uninterrupted[0]
 
 
+def test_a_gradient_that_is_not_finite_stops_before_it_is_taken():
+    parameter = nn.Parameter(torch.zeros(3))
+    config = TrainConfig(steps=2, batch_size=1, learning_rate=0.1)
+    with pytest.raises(KitError, match="norm of the gradient of training is"):
+        fit([parameter], lambda rows: parameter.sqrt().sum(), 4, config, seed=0, device="cpu", name="training",
+            progress=Progress())  # fmt: skip
+    assert torch.equal(parameter.detach(), torch.zeros(3))
+
+
 def test_a_finished_training_takes_no_further_step(uninterrupted, tmp_path):
     train(tmp_path / "state")
     model, _ = problem()
