@@ -4,8 +4,10 @@
 
 Every figure is the median of CUDA-graph replays, bf16, 32 heads of 128, random data. `roofline` is the least time that
 reading the inputs and writing the outputs once takes at the measured copy bandwidth, as a share of what was measured.
-Peers that are not installed are left out. `first` is the first call: compiling, if it is the first of its
-kernel and Triton's cache is cold, and no tuning, since the kernels ship one cut a shape.
+`first_s` is the first call: compiling, if it is the first of its kernel and Triton's cache is cold, and no tuning, as
+the kernels ship one cut a shape. `memory` rows: what a forward pass keeps for the backward pass, and the peak of both.
+Peers that are not installed are left out. `--only` picks parts, and `--warm` makes each call once and times none: run
+parts so in processes of their own to compile them side by side.
 """
 
 from __future__ import annotations
@@ -28,51 +30,60 @@ from kit.kernels.linear_attention.hybrid_ops import hybrid_attention
 
 HEADS, DIM, WINDOW = 32, 128, 64
 SHAPES = ((8, 2048), (4, 4096), (1, 16384))
-LONG = ((1, 65536), (1, 2**20))
+LONG = ((1, 4096), (1, 65536), (1, 2**20))
+MILLION = 2**20
 
 
 def main() -> None:
     """Measure, print a line a figure, and write them all."""
+    parts: dict[str, Callable[[Bench], None]] = {
+        "gated": lambda bench: prefills(bench, gated_calls),
+        "hybrid": lambda bench: prefills(bench, hybrid_calls),
+        "decode": decode,
+        "memory": memory,
+        "sdpa": sdpa,
+        "fla": fla,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument(
-        "--short", action="store_true", help="leave out a million tokens and the peers' backward passes"
-    )
+    parser.add_argument("--only", default=",".join(parts), help="parts to run, of " + ", ".join(parts))
+    parser.add_argument("--warm", action="store_true", help="make each call once, which compiles it, and time nothing")
+    parser.add_argument("--short", action="store_true", help="leave out a million tokens")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/linear_attention.py measures on a GPU, and torch sees none")
-    bench = Bench(copy_bandwidth())
+    bench = Bench(1e12 if options.warm else copy_bandwidth(), options.warm, options.short or options.warm)
     print(f"{torch.cuda.get_device_name()}, copy {bench.bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
-    for shape in SHAPES:
-        prefill(bench, *shape, backward=shape == (4, 4096))
-        peers(bench, *shape, backward=shape == (4, 4096) and not options.short)
-    for shape in LONG[: 1 if options.short else 2]:
-        prefill(bench, *shape)
-    decode(bench)
-    if options.output:
-        options.output.write_text(json.dumps(bench.rows, indent=1))
+    for part in options.only.split(","):
+        parts[part](bench)
+        if options.output:
+            options.output.write_text(json.dumps(bench.rows, indent=1))
 
 
 class Bench:
     """Times calls and keeps what they took."""
 
-    def __init__(self, bandwidth: float) -> None:
-        self.bandwidth, self.rows = bandwidth, []
+    def __init__(self, bandwidth: float, warm: bool = False, short: bool = False) -> None:
+        self.bandwidth, self.warm, self.short, self.rows = bandwidth, warm, short, []
 
     def time(self, name: str, call: Callable[[], Any], num_bytes: float, tokens: int, repeat: int = 1) -> None:
         """Time a call that does something `repeat` times, and print microseconds for one."""
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
-        first = time.perf_counter() - start
-        micros = replay(call) / repeat
-        row = {
-            "name": name,
-            "us": round(micros, 2),
-            "roofline": round(num_bytes / self.bandwidth * 1e6 / micros, 3),
-            "ns_a_token": round(micros * 1e3 / tokens, 2),
-            "first_s": round(first, 2),
-        }
+        row: dict[str, Any] = {"name": name, "first_s": round(time.perf_counter() - start, 2)}
+        if not self.warm:
+            torch.cuda.empty_cache()
+            micros = (replay(call) if tokens < MILLION else clock(call)) / repeat
+            row |= {
+                "us": round(micros, 2),
+                "roofline": round(num_bytes / self.bandwidth * 1e6 / micros, 3),
+                "ns_a_token": round(micros * 1e3 / tokens, 2),
+            }
+        self.note(row)
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Keep a row and print it."""
         self.rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
@@ -98,21 +109,34 @@ def replay(call: Callable[[], Any], replays: int = 20) -> float:
     return statistics.median(times[3:])
 
 
+def clock(call: Callable[[], Any]) -> float:
+    """Microseconds of a long call: median of three without a graph, whose memory would come on top."""
+    times = []
+    for _ in range(3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * 2**30 / (replay(lambda: target.copy_(source)) / 1e6)
+    return 2 * 2**30 / (replay(lambda: torch.neg(source, out=target)) / 1e6)
 
 
-def inputs(batch: int, length: int) -> dict[str, Tensor]:
+def inputs(batch: int, length: int, backward: bool = False) -> dict[str, Tensor]:
     """q, k, v and do (B, H, T, D) as projections lay them out, gates, and feature maps."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int, scale: float = 0.5) -> Tensor:
-        return (torch.randn(*shape, device="cuda", generator=generator) * scale).bfloat16()
+        return torch.randn(*shape, device="cuda", generator=generator, dtype=torch.bfloat16).mul_(scale)
 
-    names = ("q", "k", "v", "do")
+    names = ("q", "k", "v", *(["do"] if backward else []))
     tensors = {name: normal(batch, length, HEADS, DIM).transpose(1, 2) for name in names}
     gate = -0.1 * torch.rand(batch, HEADS, length, device="cuda", generator=generator)
     maps = [normal(HEADS, DIM, DIM // 2, scale=0.1) for _ in range(2)]
@@ -137,61 +161,106 @@ def both_ways(call: Callable[[], Tensor], leaves: list[Tensor], d_out: Tensor) -
     return run
 
 
-def prefill(bench: Bench, batch: int, length: int, backward: bool = False) -> None:
-    """Ours: gated with and without a learned gate, with a denominator, and hybrid."""
-    x = inputs(batch, length)
+Calls = dict[str, tuple[Callable[[], Tensor], tuple[str, ...]]]
+
+
+def gated_calls(x: dict[str, Tensor]) -> Calls:
+    """Calls by name, and what they have gradients for."""
     q, k, v, gate = x["q"], x["k"], x["v"], x["gate"]
-    size, tokens, shape = q.numel() * 2, batch * length, f"{batch} x {length}"
-    maps = (x["map_q"], x["map_k"])
-    calls: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
-        "gated": (lambda: gated_linear_attention(q, k, v, gate, normalize=False, scale=0.1)[0], [q, k, v]),
-        "gated, gate learned": (
-            lambda: gated_linear_attention(q, k, v, gate, normalize=False, scale=0.1)[0],
-            [q, k, v, gate],
-        ),
-        "linear with denominator": (lambda: gated_linear_attention(q, k, v)[0], [q, k, v]),
-        "hybrid": (
-            lambda: hybrid_attention(q, k, v, *maps, x["factor"], window_size=WINDOW, scale=DIM**-0.5)[0],
-            [q, k, v],
-        ),
+    gated = lambda: gated_linear_attention(q, k, v, gate, normalize=False, scale=0.1)[0]  # noqa: E731
+    return {
+        "gated": (gated, ("q", "k", "v")),
+        "gated, gate learned": (gated, ("q", "k", "v", "gate")),
+        "linear with denominator": (lambda: gated_linear_attention(q, k, v)[0], ("q", "k", "v")),
+    }
+
+
+def hybrid_calls(x: dict[str, Tensor]) -> Calls:
+    """Calls by name, and what they have gradients for."""
+    args = (x["q"], x["k"], x["v"], x["map_q"], x["map_k"], x["factor"])
+    options = {"window_size": WINDOW, "scale": DIM**-0.5}
+    learned = ("q", "k", "v", "map_q", "map_k", "factor")
+    return {
+        "hybrid": (lambda: hybrid_attention(*args, **options)[0], learned),
         "window alone": (
-            lambda: hybrid_attention(
-                q, k, v, *maps, x["factor"], window_size=WINDOW, scale=DIM**-0.5, linear_weight=0.0, num_sinks=4
-            )[0],
-            [q, k, v],
+            lambda: hybrid_attention(*args, **options, linear_weight=0.0, num_sinks=4)[0],
+            ("q", "k", "v", "factor"),
         ),
     }
-    for name, (call, leaves) in calls.items():
-        for leaf in (q, k, v, gate):
-            leaf.requires_grad_(False)
-        if name != "gated, gate learned":
-            bench.time(f"{name} {shape}", call, 4 * size, tokens)
+
+
+def prefills(bench: Bench, calls_of: Callable[[dict[str, Tensor]], Calls]) -> None:
+    """Whole sequences, forward, and at 4 x 4,096 with the backward pass."""
+    for batch, length in SHAPES + LONG:
+        if length == MILLION and bench.short:
+            continue
+        backward = (batch, length) in ((4, 4096), (1, 16384))
+        x = inputs(batch, length, backward)
+        size, tokens, shape = x["q"].numel() * 2, batch * length, f"{batch} x {length}"
+        for name, (call, learned) in calls_of(x).items():
+            for leaf in x.values():
+                leaf.requires_grad_(False)
+            if name != "gated, gate learned":
+                bench.time(f"{name} {shape}", call, 4 * size, tokens)
+            if backward:
+                run = both_ways(call, [x[name] for name in learned], x["do"])
+                bench.time(f"{name} {shape} with backward", run, 12 * size, tokens)
+
+
+def sdpa(bench: Bench) -> None:
+    """Softmax attention."""
+    for batch, length in SHAPES + LONG[:-1]:
+        backward = length == 4096 and batch == 4
+        x = inputs(batch, length, backward)
+        size, tokens, shape = x["q"].numel() * 2, batch * length, f"{batch} x {length}"
+        leaves = [x[name] for name in ("q", "k", "v")]
+        call = lambda leaves=leaves: F.scaled_dot_product_attention(*leaves, is_causal=True)  # noqa: E731
+        bench.time(f"SDPA {shape}", call, 4 * size, tokens)
         if backward:
-            bench.time(f"{name} {shape} with backward", both_ways(call, leaves, x["do"]), 12 * size, tokens)
+            bench.time(f"SDPA {shape} with backward", both_ways(call, leaves, x["do"]), 12 * size, tokens)
 
 
-def peers(bench: Bench, batch: int, length: int, backward: bool) -> None:
-    """SDPA, and flash-linear-attention's gated kernel (which tunes itself on its first call)."""
-    x = inputs(batch, length)
-    size, tokens, shape = x["q"].numel() * 2, batch * length, f"{batch} x {length}"
-    leaves = [x[name] for name in ("q", "k", "v")]
-    bench.time(f"SDPA {shape}", lambda: F.scaled_dot_product_attention(*leaves, is_causal=True), 4 * size, tokens)
-    if backward:
-        run = both_ways(lambda: F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, x["do"])
-        bench.time(f"SDPA {shape} with backward", run, 12 * size, tokens)
-    if length != 4096:
-        return
+def fla(bench: Bench) -> None:
+    """flash-linear-attention's gated kernel and its linear attention, which tune themselves on their first call."""
     try:
+        from fla.ops.linear_attn import chunk_linear_attn
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
         print("flash-linear-attention is not installed")
         return
+    x = inputs(4, 4096, backward=True)
+    size, tokens = x["q"].numel() * 2, 4 * 4096
     q, k, v, gate = (x[name].detach().transpose(1, 2).contiguous() for name in ("q", "k", "v", "gate"))
     call = lambda: chunk_simple_gla(q, k, v, g=gate, scale=0.1)[0]  # noqa: E731
-    bench.time(f"fla chunk_simple_gla {shape}", call, 4 * size, tokens)
-    if backward:
-        run = both_ways(call, [q, k, v, gate], x["do"].transpose(1, 2).contiguous())
-        bench.time(f"fla chunk_simple_gla {shape} with backward", run, 12 * size, tokens)
+    bench.time("fla chunk_simple_gla 4 x 4096", call, 4 * size, tokens)
+    positive = q.abs(), k.abs()
+    linear = lambda: chunk_linear_attn(*positive, v, normalize=True)[0]  # noqa: E731
+    bench.time("fla chunk_linear_attn 4 x 4096", linear, 4 * size, tokens)
+    run = both_ways(call, [q, k, v, gate], x["do"].transpose(1, 2).contiguous())
+    bench.time("fla chunk_simple_gla 4 x 4096 with backward", run, 12 * size, tokens)
+
+
+def memory(bench: Bench) -> None:
+    """What a forward pass keeps for the backward pass beside its inputs, and the peak of both; 4 x 4,096."""
+    x = inputs(4, 4096, backward=True)
+    softmax = lambda: F.scaled_dot_product_attention(x["q"], x["k"], x["v"], is_causal=True)  # noqa: E731
+    calls = {"SDPA": (softmax, ("q", "k", "v"))} | gated_calls(x) | hybrid_calls(x)
+    for name, (call, learned) in calls.items():
+        for leaf in x.values():
+            leaf.requires_grad_(False)
+        run = both_ways(call, [x[name] for name in learned], x["do"])
+        run()
+        for leaf in x.values():
+            leaf.grad = None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        out = call()
+        kept = torch.cuda.memory_allocated() - before
+        del out
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        peak = torch.cuda.max_memory_allocated() - before
+        bench.note({"name": f"memory, {name}", "kept_mib": kept >> 20, "peak_mib": peak >> 20})
 
 
 def decode(bench: Bench, layers: int = 20) -> None:

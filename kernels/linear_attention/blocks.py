@@ -20,10 +20,12 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def in_two(x, KIND: tl.constexpr):
-    """x as the sum of two numbers of a narrower dtype."""
+def as_rows(x, KIND: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, n) in a narrower dtype whose rows add up to x (n,) fp32: what is rounded off is in a row of its own."""
+    row = tl.arange(0, ROWS)[:, None]
     high = x.to(KIND)
-    return high, (x - high.to(tl.float32)).to(KIND)
+    low = (x - high.to(tl.float32)).to(KIND)
+    return tl.where(row == 0, high[None, :], tl.where(row == 1, low[None, :], tl.zeros_like(low)[None, :]))
 
 
 @triton.jit

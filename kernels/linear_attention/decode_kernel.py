@@ -97,7 +97,8 @@ def hybrid_step(
     ring_k += ring * DIM
     ring_v += ring * V
     state_head = batch * map_heads + map_head
-    # everything is read before anything is written, so that loads need not wait for stores
+    # Everything is read before anything is written, so that loads need not wait for stores, and what the position
+    # does not decide is read first, so that it is under way while the position comes.
     x = tl.load(q + heads[:, None] * q_head + wide[None, :], mask=real[:, None], other=0.0)
     new_k = tl.load(k + wide)
     new_v = tl.load(v + columns)
@@ -105,6 +106,12 @@ def hybrid_step(
         at = states + state_head * (2 * HALF * V) + half[:, None] * V + columns[None, :]
         state0 = tl.load(at)
         state1 = tl.load(at + HALF * V)
+        map = load_map(map_k, map_head, DIM, HALF)
+        z = tl.zeros([16, HALF], tl.float32)
+        for number in tl.static_range(QUERIES):
+            row = tl.load(q + (map_head * QUERIES + number) * q_head + wide).to(tl.float32)
+            weights = load_map(map_q, map_head * QUERIES + number, DIM, HALF).to(tl.float32)
+            z += tl.where(query[:, None] == number, tl.sum(row[:, None] * weights, 0)[None, :], 0.0)
         stride = tl.num_programs(2).to(tl.int64) * map_heads * (2 * HALF)
         at_sum = sums + state_head * (2 * HALF) + half
         sum0 = tl.load(at_sum + (seen % 2) * stride)
@@ -113,12 +120,6 @@ def hybrid_step(
         slot = (seen + 1) % (WINDOW + 1)  # of the key that leaves the window, if one does
         old_k = tl.load(ring_k + slot * DIM + wide).to(tl.float32)
         old_v = tl.load(ring_v + slot * V + columns).to(tl.float32)
-        map = load_map(map_k, map_head, DIM, HALF)
-        z = tl.zeros([16, HALF], tl.float32)
-        for number in tl.static_range(QUERIES):
-            row = tl.load(q + (map_head * QUERIES + number) * q_head + wide).to(tl.float32)
-            weights = load_map(map_q, map_head * QUERIES + number, DIM, HALF).to(tl.float32)
-            z += tl.where(query[:, None] == number, tl.sum(row[:, None] * weights, 0)[None, :], 0.0)
     if HAS_WINDOW:
         slots = tl.arange(0, SLOTS)
         back = (seen % (WINDOW + 1)) - slots  # how long ago a slot was written: 0 is this step's

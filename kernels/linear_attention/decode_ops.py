@@ -53,9 +53,14 @@ class HybridState:
         )
 
 
-def _value_columns(width: int, programs: int) -> int:
-    """Columns a program, of V for so many states: few while the device is not full."""
-    return min(32 if programs * (width // 32) <= SLOTS else 64, width)
+def _cut(width: int, states: int, queries: int) -> tuple[int, int]:
+    """Value columns and warps a program, of V, the states of a batch and the query heads of each (H100, measured).
+
+    Few columns while the device is not full; later whole states, whose feature maps then run once.
+    """
+    if states * (width // 32) <= SLOTS:
+        return 32, 4
+    return min(width, 128), 4 if queries == 1 else 8
 
 
 @torch.library.custom_op(
@@ -83,7 +88,7 @@ def _hybrid_step(
     batch, heads, dim = q.shape
     map_heads, width, window = map_k.shape[0], v.shape[-1], ring_k.shape[2] - 1
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
-    columns = _value_columns(width, batch * map_heads)
+    columns, warps = _cut(width, batch * map_heads, heads // map_heads)
     with on_device_of(q):
         hybrid_step_kernel[(width // columns, map_heads, batch)](
             q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
@@ -91,11 +96,11 @@ def _hybrid_step(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k.shape[1], map_heads, scale,
             math.log(linear_weight) if linear_weight > 0 else 0.0,
             HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None,
-            SINKS=sink_k.shape[2], WINDOW=window, SLOTS=triton.next_power_of_2(window + 1),
+            SINKS=sink_k.shape[2], WINDOW=window, SLOTS=max(triton.next_power_of_2(window + 1), 16),
             QUERIES=heads // map_heads, DIM=dim,
             HALF=map_q.shape[-1], V=width, BV=columns,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
-            num_warps=4,
+            num_warps=warps,
         )  # fmt: skip
     return out
 
@@ -173,7 +178,7 @@ def _gated_step(
     batch, heads, dim = q.shape
     width, features = v.shape[-1], states.shape[2]
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
-    columns = _value_columns(width, batch * heads)
+    columns, warps = _cut(width, batch * heads, 1)
     with on_device_of(q):
         gated_step_kernel[(width // columns, heads, batch)](
             q, k, v, sums if log_gate is None else log_gate, q if map_q is None else map_q,
@@ -182,7 +187,7 @@ def _gated_step(
             *((0, 0) if log_gate is None else log_gate.stride()), heads, heads // k.shape[1],
             1 if map_k is None else heads // map_k.shape[0], scale, HAS_GATE=log_gate is not None,
             HAS_MAP=map_q is not None, NORMALIZE=normalize, DIM=dim, HALF=features // 2, V=width, BV=columns,
-            num_warps=4,
+            num_warps=warps,
         )  # fmt: skip
     return out
 

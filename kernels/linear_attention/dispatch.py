@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +22,20 @@ from kit.kernels.linear_attention.reference import hybrid_attention as hybrid_re
 HALVES = (torch.float16, torch.bfloat16)
 
 
-@functools.cache
-def _triton() -> SimpleNamespace | None:
-    """The Triton operations, or None where Triton is not installed."""
+class TritonOps(NamedTuple):
+    """The operations on Triton, and what tells why they cannot take a shape."""
+
+    gated: Callable
+    gated_unsupported: Callable
+    hybrid: Callable
+    hybrid_unsupported: Callable
+
+
+def _triton() -> TritonOps | None:
+    """The Triton operations, or None where Triton is not installed.
+
+    It is not cached, and returns a tuple, for torch.compile, which traces through it.
+    """
     try:
         from kit.kernels.linear_attention.gated_ops import gated_linear_attention as gated
         from kit.kernels.linear_attention.gated_ops import unsupported as gated_unsupported
@@ -32,12 +43,10 @@ def _triton() -> SimpleNamespace | None:
         from kit.kernels.linear_attention.hybrid_ops import unsupported as hybrid_unsupported
     except ImportError:
         return None
-    return SimpleNamespace(
-        gated=gated, gated_unsupported=gated_unsupported, hybrid=hybrid, hybrid_unsupported=hybrid_unsupported
-    )
+    return TritonOps(gated, gated_unsupported, hybrid, hybrid_unsupported)
 
 
-def _chosen(backend: str | None, v: Tensor) -> SimpleNamespace | None:
+def _chosen(backend: str | None, v: Tensor) -> TritonOps | None:
     """The Triton operations if they are to be used on a device and dtype.
 
     Raises:

@@ -48,18 +48,26 @@ def map_backward(
     x_batch,
     x_head,
     x_time,
+    d_batch,
+    d_head,
+    d_time,
     num_rows,
     blocks,
+    ADD: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """d_phi (B, H, T, 2·HALF) -> d_x (B, H, T, DIM), and each program's d_maps (B, programs, H, DIM, HALF), fp32."""
+    """d_phi (B, H, T, 2·HALF) -> d_x (B, H, T, DIM), and each program's d_maps (B, programs, H, DIM, HALF), fp32.
+
+    With ADD `d_x` holds another gradient, to which this one is added.
+    """
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     weights = load_map(maps, head, DIM, HALF)
     x += batch * x_batch + head.to(tl.int64) * x_head
+    d_x += batch * d_batch + head.to(tl.int64) * d_head
     rows_before = (batch * tl.num_programs(1) + head) * num_rows
     total = tl.zeros([DIM, HALF], tl.float32)
     wide = tl.arange(0, DIM)
@@ -73,7 +81,10 @@ def map_backward(
         d_down = load_block(d_rows + HALF, time, 2 * HALF, ok, HALF).to(tl.float32)
         d_z = softmax_pair_gradient(up, down, d_up, d_down).to(rows.dtype)
         total += dot(tl.trans(rows), d_z, PRECISION)
-        at = (rows_before + time[:, None]) * DIM + wide[None, :]
-        tl.store(d_x + at, dot(d_z, tl.trans(weights), PRECISION).to(d_x.dtype.element_ty), mask=ok[:, None])
+        gradient = dot(d_z, tl.trans(weights), PRECISION)
+        if ADD:
+            gradient += load_block(d_x, time, d_time, ok, DIM).to(tl.float32)
+        at = d_x + time[:, None] * d_time + wide[None, :]
+        tl.store(at, gradient.to(d_x.dtype.element_ty), mask=ok[:, None])
     index = (batch * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + head
     tl.store(d_maps + index * (DIM * HALF) + wide[:, None] * HALF + tl.arange(0, HALF)[None, :], total)

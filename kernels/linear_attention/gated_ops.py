@@ -97,6 +97,7 @@ def _backward(
     With y_i = Σ_j w_ij v_j / m_i: the weights' gradient is dA_ij = r_i do_i·v_j + e_i, r = 1/m and e = -do·y/m
     (r = `scale` and e = 0 if not normalized), and each gradient is a recurrence of its own.
     """
+    laid_out = q, k, v
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     x, y = q, k
     if map_q is not None and map_k is not None:
@@ -135,15 +136,15 @@ def _backward(
     of_keys = None if added is None else ("y", added)
     d_q, *_ = call.run(
         d_out, v, k, weight=("x", weight), extra=of_queries, first=first, want_last=False,
-        gate_terms=terms[0], companion=q, parts=parts[0],
+        like=q, gate_terms=terms[0], companion=q, parts=parts[0],
     )  # fmt: skip
     d_k, _, _, d_sum = call.run(
-        v, d_out, q, reverse=True, weight=("y", weight), extra=of_keys, shared=k.shape[1] != call.heads,
+        v, d_out, q, reverse=True, weight=("y", weight), extra=of_keys, like=k,
         first=None if last is None else (last[0].mT.contiguous(), last[1]), want_last=state is not None,
         gate_terms=terms[1], companion=k, parts=parts[1],
     )  # fmt: skip
     d_v, _, d_state, _ = call.run(
-        k, q, d_out, reverse=True, weight=("y", weight), first=last, shared=v.shape[1] != call.heads,
+        k, q, d_out, reverse=True, weight=("y", weight), first=last, like=v,
         want_last=state is not None,
         gate_terms=terms[2], companion=v, parts=parts[2],
     )  # fmt: skip
@@ -157,11 +158,12 @@ def _backward(
                 num_warps=1,
             )  # fmt: skip
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
-    d_k, d_v = over_groups(d_k, k), over_groups(d_v, v)  # k may be features: maps come after
+    d_k, d_v = over_groups(d_k, k), over_groups(d_v, laid_out[2])  # k may be features: maps come after
     d_map_q, d_map_k = nothing(), nothing()
     if map_q is not None and map_k is not None:
         d_q, d_map_q = map_gradient(x, map_q, d_q)
         d_k, d_map_k = map_gradient(y, map_k, d_k)
+    d_q, d_k = over_groups(d_q, laid_out[0]), over_groups(d_k, laid_out[1])
     d_sum = d_sum if added is not None else torch.zeros(call.sequences, call.heads, features, **fp32)
     return d_q, d_k, d_v, d_gate, d_map_q, d_map_k, d_state, d_sum
 

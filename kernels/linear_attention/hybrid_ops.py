@@ -14,6 +14,7 @@ from kit.kernels.linear_attention.feature_kernel import map_backward
 from kit.kernels.linear_attention.launch import (
     Blocks,
     empty_heads,
+    gradient_like,
     like_or_nothing,
     namespace,
     on_device_of,
@@ -162,15 +163,11 @@ def _backward(
 
     The past's weights are a_ij = s_i φq_i·φk_j with s_i = λ exp(-log mass_i), and da_ij = s_i (do_i·v_j - D_i).
     """
+    laid_out = q, k, v
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     d_out = rows_contiguous(d_out.to(v.dtype))
     inner = row_products(d_out, out)
     d_maps = [torch.zeros_like(map_q), torch.zeros_like(map_k)]
-    past: list[Tensor] = []
-    if linear_weight > 0 and q.shape[2] > window:
-        past, d_maps = _past_backward(
-            d_out, log_mass, inner, q, k, v, map_q, map_k, bounds, window, terrace, num_sinks, linear_weight
-        )
     if window_weight > 0:
         window_grads = _window_backward(
             d_out, log_mass, inner, q, k, v, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale
@@ -178,19 +175,21 @@ def _backward(
     else:
         absent = inner.new_zeros(0)
         likes = [absent if x is None else x for x in (q, k, v, log_factor, meta, sink_k, sink_v)]
-        window_grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in likes]
+        window_grads = [torch.zeros_like(x) for x in likes]
     d_q, d_k, d_v, *others = window_grads
-    if past:
-        d_q[:, :, window:] += past[0]
-        d_k[:, :, :-window] += past[1]
-        d_v[:, :, :-window] += past[2]
-    return d_q, d_k, d_v, *d_maps, *others  # type: ignore[return-value]
+    if linear_weight > 0 and q.shape[2] > window:
+        add_to = d_q[:, :, window:], d_k[:, :, :-window], d_v[:, :, :-window]
+        d_maps = _past_backward(
+            add_to, d_out, log_mass, inner, q, k, v, map_q, map_k, bounds, window, terrace, num_sinks, linear_weight
+        )
+    grads = (over_groups(x, like) for x, like in zip((d_q, d_k, d_v), laid_out, strict=True))
+    return *grads, *d_maps, *others  # type: ignore[return-value]
 
 
 def _past_backward(
-    d_out, log_mass, inner, q, k, v, map_q, map_k, bounds, window, terrace, num_sinks, linear_weight
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What the linear past gives q from the window-th on and k and v but for the last window; and to the maps."""
+    add_to, d_out, log_mass, inner, q, k, v, map_q, map_k, bounds, window, terrace, num_sinks, linear_weight
+) -> list[Tensor]:
+    """Gradients of the maps; what the past gives q (but the first window), k and v (but the last) joins `add_to`."""
     call = _past(q, bounds, window, terrace, window)
     rows = q.shape[2] - window
     log_mass, inner, d_out = log_mass[:, :, window:], inner[:, :, window:], d_out[:, :, window:]
@@ -199,18 +198,19 @@ def _past_backward(
     extra = -share * inner
     phi_q = map_features(queries, map_q)
     phi_k = _without_sinks(map_features(keys, map_k), call.bounds, num_sinks)
-    d_phi_q, *_ = call.run(d_out, values, phi_k, weight=("x", share), extra=("x", extra), want_last=False)
+    d_phi_q, *_ = call.run(d_out, values, phi_k, weight=("x", share), extra=("x", extra), like=phi_q, want_last=False)
     d_phi_k, *_ = call.run(
-        values, d_out, phi_q, reverse=True, weight=("y", share), extra=("y", extra), want_last=False,
-        shared=len(map_k) != call.heads,
-    )  # fmt: skip
-    d_v, *_ = call.run(
-        phi_k, phi_q, d_out, reverse=True, weight=("y", share), want_last=False, shared=v.shape[1] != call.heads
+        values, d_out, phi_q, reverse=True, weight=("y", share), extra=("y", extra), like=phi_k, want_last=False
     )
-    d_q, d_map_q = map_gradient(queries, map_q, d_phi_q)
+    d_v, *_ = call.run(
+        phi_k, phi_q, d_out, reverse=True, weight=("y", share), like=values, add_to=add_to[2], want_last=False
+    )
+    if d_v is not add_to[2]:
+        add_to[2].add_(over_groups(d_v, values))
+    _, d_map_q = map_gradient(queries, map_q, d_phi_q, add_to[0])
     d_phi_k = _without_sinks(over_groups(d_phi_k, phi_k), call.bounds, num_sinks)
-    d_k, d_map_k = map_gradient(keys, map_k, d_phi_k)
-    return [d_q, d_k, over_groups(d_v, v)], [d_map_q, d_map_k]
+    _, d_map_k = map_gradient(keys, map_k, d_phi_k, add_to[1])
+    return [d_map_q, d_map_k]
 
 
 def _window_backward(
@@ -225,11 +225,13 @@ def _window_backward(
     num_blocks = triton.cdiv(length, flags["BT"])
     blocks_each = BLOCKS_EACH if num_sinks else 1
     programs = triton.cdiv(num_blocks, blocks_each)
-    make = torch.empty if bounds is None else torch.zeros
-    kind = torch.float32 if k.shape[1] != heads else k.dtype  # heads' gradients are added up
-    d_q = make(batch, heads, length, dim, dtype=q.dtype, device=q.device)
-    d_k = make(batch, heads, length, dim, dtype=kind, device=q.device)
-    d_v = make(batch, heads, length, width, dtype=kind, device=q.device)
+    fill, shared_heads = bounds is not None, k.shape[1] != heads  # heads' gradients are added up in fp32
+    d_q = gradient_like(q, fill)
+    if shared_heads:
+        make = torch.zeros if fill else torch.empty
+        d_k, d_v = make(batch, heads, length, dim, **fp32), make(batch, heads, length, width, **fp32)
+    else:
+        d_k, d_v = gradient_like(k, fill), gradient_like(v, fill)
     d_factor = torch.empty(sequences, programs, heads, **fp32)
     d_meta = d_factor if meta is None else torch.empty_like(d_factor)
     d_sink_k = torch.empty(sequences, programs, heads, SINK_ROWS, dim, **fp32) if num_sinks else inner
@@ -240,12 +242,12 @@ def _window_backward(
         window_backward_queries[(programs, heads, sequences)](
             q, k, v, log_factor, inner if meta is None else meta, q if sink_k is None else sink_k,
             q if sink_v is None else sink_v, at, d_out, log_mass, inner, d_q, d_factor, d_meta, d_sink_k, d_sink_v,
-            *shared, blocks_each, HAS_META=meta is not None, **flags,
+            *_strides(d_q), *shared, blocks_each, HAS_META=meta is not None, **flags,
         )  # fmt: skip
     flags.pop("SINKS")
     with on_device_of(q):
         window_backward_keys[(num_blocks, heads, sequences)](
-            q, k, v, log_factor, at, d_out, log_mass, inner, d_k, d_v, *shared, **flags
+            q, k, v, log_factor, at, d_out, log_mass, inner, d_k, d_v, *_strides(d_k, d_v), *shared, **flags
         )
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
     return [

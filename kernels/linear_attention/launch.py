@@ -78,10 +78,15 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 def like_or_nothing(x: Tensor | None, device: torch.device) -> Tensor:
-    """A contiguous tensor shaped like another, or an empty one: a gradient, where torch.compile asks for its shape."""
+    """A tensor laid out like another, or an empty one: a gradient, where torch.compile asks for its shape."""
     if x is None:
         return torch.empty(0, dtype=torch.float32, device=device)
-    return torch.empty(x.shape, dtype=x.dtype, device=device)
+    return torch.empty_like(x)
+
+
+def gradient_like(x: Tensor, fill: bool) -> Tensor:
+    """An empty gradient of a tensor (zeros if padding stays unwritten), in its layout: autograd would copy others."""
+    return torch.zeros_like(x) if fill else torch.empty_like(x)
 
 
 def on_device_of(x: Tensor) -> Any:
@@ -129,7 +134,8 @@ def row_products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def over_groups(x: Tensor, like: Tensor) -> Tensor:
-    """Sum over the query heads that share a key/value head or a map: (B, H, ...) to the heads and dtype of a tensor."""
+    """Sum over query heads that share a key/value head or a map: (B, H, ...) to heads, dtype and layout of `like`."""
     if x.shape[1] != like.shape[1]:
         x = x.unflatten(1, (like.shape[1], -1)).sum(2, dtype=torch.float32)
-    return x.to(like.dtype)
+    same = x.dtype == like.dtype and x.stride() == torch.empty_like(like, device="meta").stride()
+    return x if same else torch.empty_like(like).copy_(x)

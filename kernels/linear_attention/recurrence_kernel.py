@@ -11,7 +11,7 @@ All products are transposed, so that the state is an operand without going throu
 
 from __future__ import annotations
 
-from kit.kernels.linear_attention.blocks import dot, in_two, load_block, sequence_of
+from kit.kernels.linear_attention.blocks import as_rows, dot, load_block, sequence_of
 
 try:
     import triton
@@ -148,6 +148,7 @@ def recurrence(
     WEIGHTED: tl.constexpr,
     EXTRA: tl.constexpr,
     GATE_TERMS: tl.constexpr,
+    ADD: tl.constexpr,
     STORE_LAST: tl.constexpr,
     SKIP_END: tl.constexpr,
     HALF: tl.constexpr,
@@ -165,6 +166,7 @@ def recurrence(
         NORMALIZE: divide by `mass`, the same sum with z = 1, and store it.
         WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
         EXTRA: `extra` e (B, H, T) adds to the products: e_i z_j for queries ("x"), e_j z_j for keys ("y").
+        ADD: `out` holds another gradient, to which this one is added.
         GATE_TERMS: parts of the gate's gradient. "q", "k": `row_products`, companion_i · (out_i less what the block's
             own keys give); "q" also keeps the state that every second block starts from (`block_states`,
             `block_sums`), of which "k" makes `across`. "v": `pairs`.
@@ -198,15 +200,16 @@ def recurrence(
     else:
         state0 = tl.zeros([BV, HALF], tl.float32)
         state1 = tl.zeros([BV, HALF], tl.float32)
-    # what divides: the same state for z = 1. What extras need: the same state for x = y = 1.
-    # Both are (16, ·) matrices whose rows add up: products with them run on the tensor cores.
+    # what divides: the same state for z = 1. What extras need: the same state for x = y = 1, here
+    # a (16, ·) matrix whose rows add up: products with it run on the tensor cores.
     lane = tl.arange(0, 16)[:, None]
     if NORMALIZE:
-        sum0 = tl.zeros([16, HALF], tl.float32)
-        sum1 = tl.zeros([16, HALF], tl.float32)
         if HAS_STATE:
-            sum0 += tl.where(lane == 0, tl.load(sums + at_key_sum)[None, :], 0.0)
-            sum1 += tl.where(lane == 0, tl.load(sums + at_key_sum + HALF)[None, :], 0.0)
+            sum0 = tl.load(sums + at_key_sum)
+            sum1 = tl.load(sums + at_key_sum + HALF)
+        else:
+            sum0 = tl.zeros([HALF], tl.float32)
+            sum1 = tl.zeros([HALF], tl.float32)
     if EXTRA != "":
         value_sum = tl.zeros([16, BV], tl.float32)
         if HAS_STATE:
@@ -287,14 +290,11 @@ def recurrence(
                 tl.store(row_products + terms + time, tl.sum(result * with_past, 0), mask=ok)
             result = tl.dot(tl.trans(values), a.to(values.dtype), result, input_precision=PRECISION)
             if NORMALIZE:
-                high, low = in_two(sum0, x0.dtype)
-                total = dot(high, tl.trans(x0), PRECISION) + dot(low, tl.trans(x0), PRECISION)
-                high, low = in_two(sum1, x0.dtype)
-                total += dot(high, tl.trans(x1), PRECISION) + dot(low, tl.trans(x1), PRECISION)
-                total = tl.sum(total, 0)
+                total = dot(as_rows(sum0, x0.dtype, BT), tl.trans(x0), PRECISION)
+                total = tl.dot(as_rows(sum1, x0.dtype, BT), tl.trans(x1), total, input_precision=PRECISION)
                 if HAS_GATE:
-                    total *= of_queries
-                total += tl.sum(a, 0)
+                    total *= of_queries[None, :]
+                total = tl.sum(total + a, 0)
             if NORMALIZE:
                 result = result / tl.where(total == 0, 1.0, total)[None, :]
                 if value_block == 0:
@@ -302,6 +302,8 @@ def recurrence(
             else:
                 result *= scale
             block_out = out + time[:, None] * out_time + columns[None, :]
+            if ADD:
+                result += tl.trans(tl.load(block_out, mask=ok[:, None], other=0.0)).to(tl.float32)
             if MASKED:
                 tl.store(block_out, tl.trans(result).to(out.dtype.element_ty), mask=ok[:, None])
             else:
@@ -332,9 +334,8 @@ def recurrence(
             counted = added if EXTRA == "y" else tl.where(ok, 1.0, 0.0)
             if HAS_GATE:
                 counted *= of_keys
-            high, low = in_two(counted, y0.dtype)
-            counts = tl.where(lane == 0, high[None, :], tl.where(lane == 1, low[None, :], tl.zeros_like(low)[None, :]))
             if EXTRA != "":
+                counts = as_rows(counted, y0.dtype, 16)
                 if HAS_GATE:
                     value_sum *= tl.exp2(whole)
                 value_sum = tl.dot(counts, values, value_sum, input_precision=PRECISION)
@@ -342,8 +343,9 @@ def recurrence(
                 if HAS_GATE:
                     sum0 *= tl.exp2(whole)
                     sum1 *= tl.exp2(whole)
-                sum0 = tl.dot(counts, y0, sum0, input_precision=PRECISION)
-                sum1 = tl.dot(counts, y1, sum1, input_precision=PRECISION)
+                counts = as_rows(counted, y0.dtype, BT)
+                sum0 += tl.sum(dot(counts, y0, PRECISION), 0)
+                sum1 += tl.sum(dot(counts, y1, PRECISION), 0)
         if HAS_GATE:
             state0 *= tl.exp2(whole)
             state1 *= tl.exp2(whole)
@@ -366,7 +368,7 @@ def recurrence(
         tl.store(last_state + at_state + cells + HALF, state1)
         if NORMALIZE:
             if value_block == 0:
-                tl.store(last_sum + at_key_sum, tl.sum(sum0, 0))
-                tl.store(last_sum + at_key_sum + HALF, tl.sum(sum1, 0))
+                tl.store(last_sum + at_key_sum, sum0)
+                tl.store(last_sum + at_key_sum + HALF, sum1)
         if EXTRA != "":
             tl.store(last_sum + at_sum, tl.sum(value_sum, 0))

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from kit.kernels.linear_attention.feature_kernel import map_backward, map_forward
-from kit.kernels.linear_attention.launch import Blocks, empty_heads, num_splits, on_device_of, over_groups, scan, triton
+from kit.kernels.linear_attention.launch import (
+    Blocks,
+    empty_heads,
+    gradient_like,
+    num_splits,
+    on_device_of,
+    over_groups,
+    scan,
+    triton,
+)
 from kit.kernels.linear_attention.recurrence_kernel import KEEP_EVERY, cumulate_gates, recurrence
 
 FEATURE_ROWS = 64
@@ -68,7 +77,8 @@ class Recurrence:
         weight: tuple[str, Tensor] | None = None,
         extra: tuple[str, Tensor] | None = None,
         first: tuple[Tensor, Tensor] | None = None,
-        shared: bool = False,
+        like: Tensor | None = None,
+        add_to: Tensor | None = None,
         want_last: bool = True,
         want_out: bool = True,
         gate_terms: str = "",
@@ -83,7 +93,9 @@ class Recurrence:
             reverse, scale, normalize: as the kernel has them.
             weight, extra: ("x" or "y", (B, H, T)).
             first: the state to start from, (N, H, V, K), and its sums (N, H, K) or, with `extra`, (N, H, V).
-            shared: heads' outputs will be added up, so keep them in fp32.
+            like: what the output is the gradient of. It is laid out like that, unless heads share it: then it is fp32
+                and contiguous, to be added up.
+            add_to: a gradient of `like`, to which the output is added in place unless heads share it.
             want_last: whether the state after the last block is used.
             want_out: whether anything else is.
             gate_terms: "q", "k" or "v"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
@@ -97,13 +109,14 @@ class Recurrence:
             cut = replace(cut, rows=self.rows_a_block)
         splits, split_blocks = self.split(cut, width)
         fp32: Any = {"dtype": torch.float32, "device": x.device}
-        kind = torch.float32 if shared else z.dtype
         shape = (self.batch, self.heads, self.rows, width)
         fill = self.bounds is not None
-        if weight is None:
-            out = empty_heads(shape, kind, x.device, fill=fill)
-        else:  # gradients are contiguous
-            out = (torch.zeros if fill else torch.empty)(shape, dtype=kind, device=x.device)
+        if like is None:
+            out = empty_heads(shape, z.dtype, x.device, fill=fill)
+        elif like.shape[1] != self.heads:
+            out, add_to = (torch.zeros if fill else torch.empty)(shape, **fp32), None
+        else:
+            out = gradient_like(like, fill) if add_to is None else add_to
         mass = torch.empty(self.batch, self.heads, self.rows, **fp32) if normalize else None
         unused, other = torch.empty(1, **fp32), z if companion is None else companion
         parts = parts or {}
@@ -130,7 +143,7 @@ class Recurrence:
                     TERRACE=self.terrace, STATE_ONLY=state_only, NORMALIZE=normalize,
                     WEIGHTED="" if weight is None else weight[0], EXTRA="" if extra is None else extra[0],
                     GATE_TERMS="" if state_only else gate_terms, SKIP_END=state_only and not want_last,
-                    STORE_LAST=not state_only and splits == 1 and want_last,
+                    ADD=add_to is not None and not state_only, STORE_LAST=not state_only and splits == 1 and want_last,
                     HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows, PRECISION=cut.precision,
                     num_warps=cut.warps, num_stages=cut.stages,
                 )  # fmt: skip
@@ -176,19 +189,26 @@ def map_features(x: Tensor, maps: Tensor) -> Tensor:
     return out
 
 
-def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x (B, X, T, D) and of maps (M, D, F/2), from that of φ(x) (B, M, T, F)."""
+def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of x (B, X, T, D) and of maps (M, D, F/2), from that of φ(x) (B, M, T, F).
+
+    The first is added to `add_to` in place, if that is given, and else laid out like x.
+    """
     batch, heads, rows = d_phi.shape[:3]
     dim, half = maps.shape[1:]
-    wide = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-    d_x = torch.empty(batch, heads, rows, dim, dtype=x.dtype, device=x.device)
+    alone = x.shape[1] == heads
+    wide = x if alone else x.repeat_interleave(heads // x.shape[1], 1)
+    into = add_to if alone and add_to is not None else gradient_like(wide, fill=False)
     block, blocks_each = FEATURE_ROWS if x.dtype != torch.float32 else 32, 16
     programs = triton.cdiv(rows, block * blocks_each)
     d_maps = torch.empty(batch, programs, heads, dim, half, dtype=torch.float32, device=x.device)
     with on_device_of(x):
         map_backward[(programs, heads, batch)](
-            wide, maps, d_phi.contiguous(), d_x, d_maps, *wide.stride()[:3], rows, blocks_each, DIM=dim, HALF=half,
-            BT=block,
+            wide, maps, d_phi.contiguous(), into, d_maps, *wide.stride()[:3], *into.stride()[:3], rows, blocks_each,
+            ADD=into is add_to, DIM=dim, HALF=half, BT=block,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=8,
         )  # fmt: skip
-    return over_groups(d_x, x), d_maps.sum((0, 1)).to(maps.dtype)
+    if not alone:
+        into = over_groups(into, x)
+        into = into if add_to is None else add_to.add_(into)
+    return into, d_maps.sum((0, 1)).to(maps.dtype)

@@ -189,6 +189,9 @@ def window_backward_queries(
     d_meta,
     d_sink_k,
     d_sink_v,
+    dq_batch,
+    dq_head,
+    dq_time,
     q_batch,
     q_head,
     q_time,
@@ -233,6 +236,7 @@ def window_backward_queries(
     k += row * k_batch + (head // group).to(tl.int64) * k_head + start * k_time
     v += row * v_batch + (head // group).to(tl.int64) * v_head + start * v_time
     d_out += row * out_batch + head.to(tl.int64) * out_head + start * out_time
+    d_q += row * dq_batch + head.to(tl.int64) * dq_head + start * dq_time
     rows = (row * heads + head) * num_keys + start
     factor_sum = tl.zeros([BT], tl.float32)
     meta_sum = tl.zeros([BT], tl.float32)
@@ -278,8 +282,8 @@ def window_backward_queries(
             d_s = -tl.exp(tl.load(meta + head) + log_g - log_total) * d_total
             factor_sum += d_s
             meta_sum += d_s
-        at_q = (rows + place)[:, None] * DIM + wide[None, :]
-        tl.store(d_q + at_q, d_x.to(d_q.dtype.element_ty), mask=ok[:, None])
+        at_q = d_q + place.to(tl.int64)[:, None] * dq_time + wide[None, :]
+        tl.store(at_q, d_x.to(d_q.dtype.element_ty), mask=ok[:, None])
     partial = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * heads + head
     tl.store(d_factor + partial, tl.sum(factor_sum, 0))
     if HAS_META:
@@ -301,6 +305,12 @@ def window_backward_keys(
     inner,
     d_k,
     d_v,
+    dk_batch,
+    dk_head,
+    dk_time,
+    dv_batch,
+    dv_head,
+    dv_time,
     q_batch,
     q_head,
     q_time,
@@ -358,6 +368,8 @@ def window_backward_keys(
             d_s = p * (dot(values, tl.trans(d_y), PRECISION) - d_total[None, :])
             d_values = tl.dot(p.to(d_y.dtype), d_y, d_values, input_precision=PRECISION)
             d_keys = tl.dot((d_s * scale).to(x.dtype), x, d_keys, input_precision=PRECISION)
-        at = (rows + key_place)[:, None]
-        tl.store(d_k + at * DIM + tl.arange(0, DIM)[None, :], d_keys.to(d_k.dtype.element_ty), mask=there[:, None])
-        tl.store(d_v + at * V + tl.arange(0, V)[None, :], d_values.to(d_v.dtype.element_ty), mask=there[:, None])
+        at = (start + key_place)[:, None]
+        at_k = row * dk_batch + head.to(tl.int64) * dk_head + at * dk_time + tl.arange(0, DIM)[None, :]
+        at_v = row * dv_batch + head.to(tl.int64) * dv_head + at * dv_time + tl.arange(0, V)[None, :]
+        tl.store(d_k + at_k, d_keys.to(d_k.dtype.element_ty), mask=there[:, None])
+        tl.store(d_v + at_v, d_values.to(d_v.dtype.element_ty), mask=there[:, None])

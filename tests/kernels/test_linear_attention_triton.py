@@ -134,16 +134,16 @@ def hybrid_inputs(
     return x | ({"meta_logit": r(heads)} if meta else {})
 
 
-def segments(*cuts):
-    out = torch.zeros(len(cuts), 50, dtype=torch.long)
+def segments(*cuts, length=50):
+    out = torch.zeros(len(cuts), length, dtype=torch.long)
     for row, places in enumerate(cuts):
         for place in places:
             out[row, place:] += 1
     return out
 
 
-def padding(*ranges):
-    return torch.stack([(torch.arange(50) >= a) & (torch.arange(50) < b) for a, b in ranges])
+def padding(*ranges, length=50):
+    return torch.stack([(torch.arange(length) >= a) & (torch.arange(length) < b) for a, b in ranges])
 
 
 HYBRID = {
@@ -346,6 +346,8 @@ def test_operations_know_their_shapes_without_running(case, kv_heads):
         "raw features": (gated_linear_attention, gated_inputs, {"normalize": False}),
     }[case]
     inputs = inputs(kv_heads=kv_heads, **({"half": 16} if case == "gated" else {}))
+    for name in "qkv":  # laid out as projections leave them
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     inputs = {n: t.to(DEVICE).requires_grad_() for n, t in inputs.items()}
 
     def layouts(values):
@@ -355,7 +357,9 @@ def test_operations_know_their_shapes_without_running(case, kv_heads):
 
     with FakeTensorMode() as mode:
         fake = layouts({n: mode.from_tensor(t) for n, t in inputs.items()})
-    assert fake == layouts(inputs)
+    real = layouts(inputs)
+    assert fake == real
+    assert [t.stride() for t in list(inputs.values())[:3]] == [stride for *_, stride in real[-len(inputs) :]][:3]
 
 
 @needs_gpu
@@ -374,13 +378,30 @@ def test_gated_attention_in_bf16(dim, gate, normalize):
 
 @needs_gpu
 @pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("options", [{}, {"num_sinks": 4}, {"terrace": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_sinks": 4}, {"terrace": True}, {"window_size": 128}, {"window_size": 50}]
+)
 def test_hybrid_attention_in_bf16(dim, options):
-    x = hybrid_inputs(heads=4, kv_heads=2, length=1000, dim=dim, width=dim, half=dim // 2)
-    options = options | {"window_size": 64, "scale": dim**-0.5}
+    x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=dim, width=dim, half=dim // 2, meta="num_sinks" in options)
+    options = {"window_size": 64, "scale": dim**-0.5} | options
     errors = compare(hybrid_attention, reference.hybrid_attention, x, (options, options), torch.bfloat16)
     assert errors["out"] < 3e-3, errors
     errors.pop("window_factor")  # a sum in which nearly all cancels
+    assert max(errors.values()) < 6e-3, errors
+
+
+@needs_gpu
+@pytest.mark.parametrize("mask", ["packed", "padding"])
+def test_sequences_in_bf16(mask):
+    x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=64, width=64, half=32)
+    masks = {
+        "packed": {"segment_ids": segments([70, 71, 900], [513], length=1200)},
+        "padding": {"key_mask": padding((0, 1200), (101, 1077), length=1200)},
+    }[mask]
+    options = {"window_size": 64, "scale": 0.125, "num_sinks": 2}
+    ours = options | {"bounds": sequence_bounds(**masks)}
+    errors = compare(hybrid_attention, reference.hybrid_attention, x, (ours, options | masks), torch.bfloat16)
+    errors.pop("window_factor")
     assert max(errors.values()) < 6e-3, errors
 
 
@@ -392,3 +413,23 @@ def test_a_million_tokens_stay_finite():
     assert gated_linear_attention(**x)[0].isfinite().all()
     maps = {n: x.pop(n) for n in ("feature_map_q", "feature_map_k")}
     assert hybrid_attention(**x, **maps, window_factor=factor, window_size=64, scale=0.125)[0].isfinite().all()
+
+
+def test_torch_compile_keeps_the_operations_in_one_graph():
+    x = hybrid_inputs(batch=1, length=36)
+    x["log_gate"] = -0.1 * torch.rand(1, 2, 36, generator=torch.Generator().manual_seed(1))
+    x = {n: t.to(DEVICE).requires_grad_() for n, t in x.items()}
+
+    def layer(q, k, v, feature_map_q, feature_map_k, window_factor, log_gate):
+        maps = {"feature_map_q": feature_map_q, "feature_map_k": feature_map_k, "backend": "triton"}
+        out, _ = dispatch.hybrid_attention(
+            q * 0.9, k, v, **maps, window_factor=window_factor, window_size=20, scale=0.2
+        )
+        return out + dispatch.gated_linear_attention(q, k, v, log_gate, **maps)[0]
+
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out = call(**x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(x.values()))))
+    for want, got in zip(*results, strict=True):
+        assert relative(got, want.cpu()) < 1e-5
