@@ -18,14 +18,18 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kit.kernels.sparse_matvec import cpu_kernel, reference, sparse_linear
+
+if TYPE_CHECKING:
+    from kit.kernels.sparse_matvec import launch
 
 SHAPES = {"gate_up": (28672, 4096), "down": (4096, 14336), "q, o": (4096, 4096), "k, v": (1024, 4096)}  # Llama-3-8B
 CPU_SHAPES = {
@@ -128,7 +132,63 @@ def gpu_products(dtype: torch.dtype, bandwidth: float) -> None:
                 print(f"{name + (f' + rank {rank}' if rank else ''):24} {rows:2} {sparsity:8.0%} {dense:8.1f} "
                       f"{spent:8.1f} {spread:7.1f} {dense / spent:7.2f}x {read * dtype.itemsize / bandwidth * 1e6:8.1f}"
                       f" {error:>6}", flush=True)  # fmt: skip
+    gpu_shared(dtype, bandwidth)
     gpu_swiglu(dtype, bandwidth)
+    gpu_int4(dtype, bandwidth)
+
+
+def gpu_shared(dtype: torch.dtype, bandwidth: float) -> None:
+    """Rows of the table for q, k and v, and for gate and up, in one launch each; dense is one product a linear."""
+    from kit.kernels.sparse_matvec import launch
+
+    for name, sizes, size in (("q+k+v", (4096, 1024, 1024), 4096), ("gate+up", (14336, 14336), 4096)):
+        case = Case.of(sum(sizes), size, 1, dtype, "cuda", 3e8)
+        limits, scales = case.threshold(0.5).repeat(len(sizes)), case.scale.repeat(len(sizes), 1)
+        bounds = tuple(itertools.accumulate(sizes[:-1]))
+
+        def dense(i: int, case=case, sizes=sizes) -> list[Tensor]:
+            return [F.linear(case.inputs[i], w) for w in case.weights[i].split(sizes)]
+
+        def sparse(i: int, case=case, limits=limits, scales=scales, bounds=bounds) -> Tensor:
+            return launch.sparse_linear(case.inputs[i], case.transposed[i], limits, scales, bounds=bounds)
+
+        expected = reference.sparse_linear(case.inputs[0].double(), case.transposed[0].double(), limits[0], case.scale)
+        error, copies = check(sparse(0), sparse(0), expected), len(case.weights)
+        (before, _), (spent, spread) = graph_us(dense, copies), graph_us(sparse, copies)
+        read = 0.5 * sum(sizes) * size * dtype.itemsize
+        print(f"{name:24} {1:2} {0.5:8.0%} {before:8.1f} {spent:8.1f} {spread:7.1f} {before / spent:7.2f}x "
+              f"{read / bandwidth * 1e6:8.1f} {error:>6}", flush=True)  # fmt: skip
+
+
+def gpu_int4(dtype: torch.dtype, bandwidth: float) -> None:
+    """Rows of the table for weights in 4 bits, in groups of 128, beside dense ones in 16."""
+    from kit.kernels.sparse_matvec import launch
+
+    for (name, (outputs, size)), rows in itertools.product(list(SHAPES.items())[:2], (1, 2, 4)):
+        case = Case.of(outputs, size, rows, dtype, "cuda", 8e8)
+        copies = len(case.weights)
+        dense, _ = graph_us(lambda i: F.linear(case.inputs[i], case.weights[i]), copies)  # noqa: B023
+        packed = [reference.quantize_int4(w, 128) for w in case.transposed]
+        for sparsity in (0.0, 0.5):
+            limit = case.threshold(sparsity)
+
+            def sparse(i: int, cut=None, case=case, packed=packed, limit=limit) -> Tensor:
+                return launch.sparse_linear_int4(case.inputs[i], *packed[i], limit, case.scale, cut=cut)
+
+            w = reference.dequantize_int4(*packed[0]).double()
+            expected = reference.sparse_linear(case.inputs[0].double(), w, limit, case.scale)
+            error = check(sparse(0), sparse(0), expected)
+            spent, spread = graph_us(sparse, copies)
+            read = (1 - sparsity**rows) * outputs * size / 2 + outputs * size / 128 * dtype.itemsize
+            print(f"{name + ', INT4':24} {rows:2} {sparsity:8.0%} {dense:8.1f} {spent:8.1f} {spread:7.1f} "
+                  f"{dense / spent:7.2f}x {read / bandwidth * 1e6:8.1f} {error:>6}", flush=True)  # fmt: skip
+            if sparsity and rows == 1:
+                tried = {}
+                for warps, depth, chunk in itertools.product((2, 4), (8, 16), (128, 256, 512, 1024)):
+                    cut = launch.Cut(256, warps, depth, warps, chunk=chunk)
+                    tried[warps, depth, chunk] = graph_us(lambda i, cut=cut: sparse(i, cut), copies, 4)[0]
+                best = sorted(tried, key=tried.__getitem__)[:4]
+                print("    fastest (warps, depth, chunk):", ", ".join(f"{c} {tried[c]:.1f}" for c in best), flush=True)
 
 
 def gpu_swiglu(dtype: torch.dtype, bandwidth: float) -> None:
@@ -157,7 +217,7 @@ def gpu_swiglu(dtype: torch.dtype, bandwidth: float) -> None:
               f"{before / spent:7.2f}x {read / bandwidth * 1e6:8.1f} {error:>6}", flush=True)  # fmt: skip
         if rows == 1:
             tried = {}
-            for block in itertools.product((2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8)):
+            for block in itertools.product((2, 4, 8), (1024, 2048, 4096), (2, 4)):
                 if 512 <= block[0] * block[1] // block[2] <= 4096:
                     tried[block] = graph_us(lambda i, block=block: sparse(i, block=block), copies, 4)[0]
             best = sorted(tried, key=tried.__getitem__)[:4]
@@ -182,37 +242,57 @@ def gpu_crossover(dtype: torch.dtype) -> None:
         print(row, flush=True)
 
 
-def gpu_sweep(dtype: torch.dtype, rows: int) -> None:
-    """Every cut of `linear_rows`, half of the channels kept."""
+def cuts(rows: int) -> list[tuple[int, int, int]]:
+    """(columns, warps, depth) of `linear_rows` that are worth a try for M rows of input."""
+    found = [(256, 4, 8), (256, 8, 8), (512, 4, 8), (512, 8, 8), (256, 4, 4)]
+    if rows == 1:
+        found += [(256, 2, 16), (256, 4, 16), (256, 8, 16), (512, 8, 16), (1024, 8, 8)]
+    return found
+
+
+def swept(rows: int, outputs: int, size: int) -> Iterator[tuple[tuple[int, int, int, int], launch.Cut]]:
+    """((columns, warps, depth, programs), cut) of the sweep, for one shape."""
     from kit.kernels.sparse_matvec import launch
 
-    print(f"\nfastest cuts, M = {rows}, 50 % (columns, groups, depth, warps, splits: us)")
+    for (columns, warps, depth), each in itertools.product(cuts(rows), (1, 2, 3, 4, 5, 6, 8, 12, 16)):
+        splits = max(1, 132 * each // -(-outputs // columns))
+        groups = warps * 256 // columns
+        chunk = max(-(-size // splits), 2 * depth * groups)
+        yield (columns, warps, depth, 132 * each), launch.Cut(columns, groups, depth, warps, chunk=chunk)
+
+
+def gpu_sweep(dtype: torch.dtype, rows: int) -> dict[tuple[int, int, int, int], float]:
+    """Every cut of `linear_rows`, half of the channels kept; microseconds of all products of a layer by cut."""
+    from kit.kernels.sparse_matvec import launch
+
+    print(f"\nfastest cuts, M = {rows}, 50 % (columns, warps, depth, programs: us)")
+    layer: dict[tuple[int, int, int, int], float] = {}
     for name, (outputs, size) in SHAPES.items():
-        case, tried = Case.of(outputs, size, rows, dtype, "cuda", 3e8), {}
-        limit = case.threshold(0.5)
-        for columns, warps, depth in itertools.product((256, 512), (4, 8), (8, 16)):
-            tiles, groups = -(-outputs // columns), warps * 256 // columns
-            for programs in (1, 2, 3, 4, 5, 6, 8, 12):
-                splits = max(1, round(132 * programs / tiles))
-                if splits > -(-size // (groups * depth)):
-                    continue
-                cut = launch.Cut(columns, groups, depth, warps, splits)
+        case = Case.of(outputs, size, rows, dtype, "cuda", 3e8)
+        limit, times = case.threshold(0.5), {}
+        tried: dict[launch.Cut, float] = {}
+        for key, cut in swept(rows, outputs, size):
 
-                def run(i: int, case=case, limit=limit, cut=cut) -> Tensor:
-                    return launch.sparse_linear(case.inputs[i], case.transposed[i], limit, case.scale, cut=cut)
+            def run(i: int, case=case, limit=limit, cut=cut) -> Tensor:
+                return launch.sparse_linear(case.inputs[i], case.transposed[i], limit, case.scale, cut=cut)
 
-                tried[cut] = graph_us(run, len(case.weights), 4)[0]
-        for cut in sorted(tried, key=tried.__getitem__)[:6]:
-            print(
-                f"{name:10} {cut.columns, cut.groups, cut.depth, cut.warps, cut.splits}: {tried[cut]:.1f}", flush=True
-            )
-        default = launch.Cut.of(rows).fill(size, outputs)
-        run = lambda i: launch.sparse_linear(case.inputs[i], case.transposed[i], limit, case.scale)  # noqa: B023, E731
-        print(f"{name:10} default, {default.splits} splits: {graph_us(run, len(case.weights), 4)[0]:.1f}", flush=True)
+            if cut not in tried:
+                tried[cut] = graph_us(run, len(case.weights), 5)[0]
+            times[key] = tried[cut]
+            layer[key] = layer.get(key, 0) + times[key] * (2 if "," in name else 1)
+        print(f"{name:10}", "; ".join(f"{k}: {times[k]:.1f}" for k in sorted(times, key=times.__getitem__)[:6]))
+        default = graph_us(lambda i: launch.sparse_linear(case.inputs[i], case.transposed[i], limit, case.scale),  # noqa: B023
+                           len(case.weights), 5)[0]  # fmt: skip
+        print(f"{'':10} default: {default:.1f}", flush=True)
+    best = sorted(layer, key=layer.__getitem__)[:6]
+    print(f"{'a layer':10}", "; ".join(f"{k}: {layer[k]:.1f}" for k in best), flush=True)
+    return layer
 
 
 class Decoder:
     """A Llama-shaped stack of decoder layers and its head, random weights, one token a step, keys of `past` tokens."""
+
+    groups = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # linears of one input
 
     def __init__(self, dtype: torch.dtype, layers: int = 32, past: int = 512) -> None:
         self.hidden, wide, kv, vocabulary = 4096, 14336, 1024, 128256
@@ -220,6 +300,7 @@ class Decoder:
                   "o": (self.hidden, self.hidden), "gate": (wide, self.hidden), "up": (wide, self.hidden),
                   "down": (self.hidden, wide)}  # fmt: skip
         make = lambda n, k: torch.empty(n, k, device="cuda", dtype=dtype).normal_(std=k**-0.5)  # noqa: E731
+        self.sizes = {name: shape[0] for name, shape in shapes.items()}
         self.layers = [{name: make(*shape) for name, shape in shapes.items()} for _ in range(layers)]
         self.transposed: list[dict[str, Tensor]] = []
         self.scales = [{name: w.float().norm(dim=0) for name, w in layer.items()} for layer in self.layers]
@@ -227,50 +308,127 @@ class Decoder:
         self.head, self.token = make(vocabulary, self.hidden), make(1, self.hidden)
         self.cache = [torch.randn(2, 1, 8, past, 128, device="cuda", dtype=dtype) for _ in range(layers)]
         self.norm = torch.ones(self.hidden, device="cuda", dtype=dtype)
+        self.error = torch.zeros((), device="cuda")
 
-    def step(self, linear: Callable[[int, str, Tensor], Tensor]) -> Tensor:
-        """Logits of one token; `linear` (layer, name, input) multiplies."""
+    def step(self, linears: Callable[[int, tuple[str, ...], Tensor], Sequence[Tensor]]) -> Tensor:
+        """Logits of one token; `linears` (layer, names, input) multiplies linears of one input."""
         h = self.token
         for i, past in enumerate(self.cache):
             x = F.rms_norm(h, (self.hidden,), self.norm)
-            q, k, v = (linear(i, name, x).view(1, -1, 1, 128) for name in "qkv")
-            keys, values = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-            y = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-            h = h + linear(i, "o", y.reshape(1, -1))
-            x = F.rms_norm(h, (self.hidden,), self.norm)
-            h = h + linear(i, "down", F.silu(linear(i, "gate", x)) * linear(i, "up", x))
+            q, k, v = (y.view(1, -1, 1, 128) for y in linears(i, self.groups[0], x))
+            past[0, :, :, -1:], past[1, :, :, -1:] = k, v
+            y = F.scaled_dot_product_attention(q, past[0], past[1], enable_gqa=True)
+            h = h + linears(i, self.groups[1], y.reshape(1, -1))[0]
+            gate, up = linears(i, self.groups[2], F.rms_norm(h, (self.hidden,), self.norm))
+            h = h + linears(i, self.groups[3], F.silu(gate) * up)[0]
         return F.linear(F.rms_norm(h, (self.hidden,), self.norm), self.head)
 
-    def dense(self, layer: int, name: str, x: Tensor) -> Tensor:
-        """The product by cuBLAS."""
-        return F.linear(x, self.layers[layer][name])
+    def dense(self, layer: int, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        """Products by cuBLAS."""
+        return [F.linear(x, self.layers[layer][name]) for name in names]
 
-    def calibrate(self, layer: int, name: str, x: Tensor) -> Tensor:
-        """Set the threshold to the median score."""
-        score = x.float().abs() * self.scales[layer][name]
-        self.thresholds[layer][name] = score.median().reshape(1)
-        return self.dense(layer, name, torch.where(score > self.thresholds[layer][name], x, 0))
+    def calibrate(self, layer: int, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        """Set thresholds to the median score."""
+        for name in names:
+            self.thresholds[layer][name] = (x.float().abs() * self.scales[layer][name]).median()
+        masked = [(x.float().abs() * self.scales[layer][name] > self.thresholds[layer][name]) * x for name in names]
+        return [F.linear(each, self.layers[layer][name]) for each, name in zip(masked, names, strict=True)]
 
-    def sparse(self, layer: int, name: str, x: Tensor) -> Tensor:
-        """The product of the kept channels."""
+    def lay_out(self) -> None:
+        """Weights of one input side by side, one input's contiguous; the dense ones are gone."""
+        for i, layer in enumerate(self.layers):
+            self.transposed.append({})
+            for names in self.groups:
+                self.transposed[i][names[0]] = torch.cat([layer.pop(name).T for name in names], 1)
+                stacked = [torch.stack([each[i][name] for name in names]) for each in (self.thresholds, self.scales)]
+                self.thresholds[i][names[0]], self.scales[i][names[0]] = stacked
+
+    def sparse(self, layer: int, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+        """Products of the kept channels, in one launch."""
         from kit.kernels.sparse_matvec import launch
 
-        limit, scale = self.thresholds[layer][name], self.scales[layer][name]
-        return launch.sparse_linear(x, self.transposed[layer][name], limit, scale)
+        sizes = [self.sizes[name] for name in names]
+        limit, scale = self.thresholds[layer][names[0]], self.scales[layer][names[0]]
+        bounds = tuple(itertools.accumulate(sizes[:-1]))
+        y = launch.sparse_linear(x, self.transposed[layer][names[0]], limit, scale, bounds=bounds)
+        return y.split(sizes, -1)
+
+    def checked(self, layer: int, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+        """The same, each product beside the masked dense one in float32."""
+        found, start = self.sparse(layer, names, x), 0
+        for i, (name, y) in enumerate(zip(names, found, strict=True)):
+            w = self.transposed[layer][names[0]][:, start : start + self.sizes[name]].float()
+            limit, scale = self.thresholds[layer][names[0]][i], self.scales[layer][names[0]][i]
+            wanted, start = reference.sparse_linear(x.float(), w, limit, scale), start + self.sizes[name]
+            self.error = torch.maximum(self.error, (y.float() - wanted).abs().max() / wanted.abs().max())
+        return found
 
 
 def gpu_decode(dtype: torch.dtype) -> None:
     """Tokens a second of an 8B-shaped model, dense and at 50 %, both under CUDA graphs."""
     model = Decoder(dtype)
-    wanted = model.step(model.calibrate)
+    model.step(model.calibrate)
     dense, _ = graph_us(lambda _: model.step(model.dense), 1, calls=1)
-    for layer in model.layers:
-        model.transposed.append({name: layer.pop(name).T.contiguous() for name in list(layer)})
+    model.lay_out()
     sparse, spread = graph_us(lambda _: model.step(model.sparse), 1, calls=1)
-    got = model.step(model.sparse)
-    error = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    model.step(model.checked)
     print(f"\n8B-shaped decode, {str(dtype)[6:]}, one token, 50 % of all but the head: dense {dense / 1e3:.2f} ms, "
-          f"sparse {sparse / 1e3:.2f} (±{spread / 1e3:.2f}), {dense / sparse:.2f}x; error {error:.0e}")  # fmt: skip
+          f"sparse {sparse / 1e3:.2f} (±{spread / 1e3:.2f}), {dense / sparse:.2f}x; largest error of a product "
+          f"{float(model.error):.0e}", flush=True)  # fmt: skip
+
+
+@torch.no_grad()
+def gpu_model(dtype: torch.dtype, layers: int = 32, past: int = 512) -> None:
+    """The same of transformers' own Llama of 8B's shape, random weights, and of the sparse model made from it."""
+    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+    from kit.modules.sparsity import counted, masks_of, sparsify_layer
+
+    config = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers,
+                         num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    kept = torch.randn(layers, 2, 1, 8, past, 128, device="cuda", dtype=dtype)
+    cache, token = DynamicCache(), torch.ones(1, 1, dtype=torch.long, device="cuda")
+    for index, (keys, values) in enumerate(kept):
+        cache.update(keys, values, index)
+
+    def step(_: int = 0) -> Tensor:
+        for layer, (keys, values) in zip(cache.layers, kept, strict=True):
+            layer.keys, layer.values = keys, values
+        return model(token, past_key_values=cache, use_cache=True).logits
+
+    dense, _ = graph_us(step, 1, calls=1)
+    names = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    sparsity = {"dense_prefill": True, "target": 0.5, "weighted": True, "linears": names, "neurons": False, "ranks": {}}
+    for index, layer in enumerate(model.model.layers):
+        sparsify_layer(layer, sparsity, index)
+    for name, mask in masks_of(model).items():
+        mask.scale.data = model.get_submodule(name).weight.float().norm(dim=0)
+
+    def calibrate(mask: nn.Module, given: tuple[Tensor, ...]) -> None:
+        mask.threshold.data = mask.scores(given[0]).median()  # type: ignore[operator]
+
+    hooks = [mask.register_forward_pre_hook(calibrate) for mask in masks_of(model).values()]
+    with counted(model) as counts:  # counting needs the masked dense products
+        step()
+    share = sum(int(k) for k, _ in counts.values()) / sum(int(n) for _, n in counts.values())
+    for hook in hooks:
+        hook.remove()
+    sparse, spread = graph_us(step, 1, calls=1)
+    errors: list[float] = []
+
+    def compare(linear: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+        weight, mask = linear.weight.float(), linear.mask  # type: ignore[operator, union-attr]
+        wanted = F.linear(given[0].float().masked_fill(~mask(given[0]), 0), weight)  # type: ignore[operator]
+        errors.append(float((y.float() - wanted).abs().max() / wanted.abs().max()))
+
+    for name in masks_of(model):
+        model.get_submodule(name).register_forward_hook(compare)
+    step()
+    print(f"transformers' Llama, 8B-shaped, {str(dtype)[6:]}, {past} tokens of past, {share:.0%} of inputs kept: dense "
+          f"{dense / 1e3:.2f} ms, sparse {sparse / 1e3:.2f} (±{spread / 1e3:.2f}), {dense / sparse:.2f}x; largest "
+          f"error of a product {max(errors):.0e}", flush=True)  # fmt: skip
 
 
 # ---- CPU
@@ -408,6 +566,8 @@ def main() -> None:
     gpu_products(dtype, bandwidth)
     gpu_crossover(dtype)
     gpu_decode(dtype)
+    torch.cuda.empty_cache()
+    gpu_model(dtype)
 
 
 if __name__ == "__main__":

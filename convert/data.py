@@ -11,7 +11,7 @@ import re
 import zlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,6 +101,11 @@ class TokenRows:
     def num_tokens(self) -> int:
         """Tokens in all rows."""
         return self.input_ids.numel()
+
+    def part(self, rows: slice) -> TokenRows:
+        """Some of the rows; what is said of the documents is still said of all."""
+        learned = None if self.learned is None else self.learned[rows]
+        return replace(self, input_ids=self.input_ids[rows], position_ids=self.position_ids[rows], learned=learned)
 
     @property
     def labels(self) -> Tensor:

@@ -228,6 +228,7 @@ def _page(inputs: Inputs) -> dict[str, Any]:
         "by_position": list(_by_position(measurements, styles)),
         "needle": list(_recall(measurements, styles, "needle", "depth", lambda depth: f"{100 * depth:.0f} %")),
         "mqar": list(_recall(measurements, styles, "mqar", "pairs", general)),
+        "dropped": list(_dropped(measurements, styles)),
         "losses": list(_loss_curves(report)),
         "layers": list(_layers(report)),
         "prompts": list(_prompts(measurements, styles)),
@@ -421,6 +422,35 @@ def _recall(
                 unit=(0.0, 1.0, "0 %", "100 %"),
                 form=lambda value: f"{100 * value:.0f}",
                 written=True,
+            )
+            yield Panel(text(row["name"]), styles[row["name"].value], grid)
+
+
+def _dropped(measurements: list[Node], styles: dict[str, int]) -> Iterator[Panel]:
+    """A grid a sparse model: the share of inputs that sparse tokens dropped, layers from left to right."""
+    for measurement in measurements:
+        for row in measurement["rows"]:
+            found = row.get("dropped_inputs")
+            if not found or not found.value:
+                continue
+            linears = [(name.rpartition(".")[2].removesuffix("_proj"), list(shares)) for name, shares in found.items()]
+            numbers = {
+                (place, layer): share
+                for place, (_, shares) in enumerate(linears)
+                for layer, share in enumerate(shares)
+                if share.is_number
+            }
+            if not numbers:
+                continue
+            grid = heat_map(
+                text(row["name"]),
+                [name for name, _ in linears],
+                [str(layer) for layer in range(max(len(shares) for _, shares in linears))],
+                numbers,
+                row_label="input of",
+                column_label="layer",
+                unit=(0.0, 1.0, "0 %", "100 %"),
+                form=lambda value: f"{100 * value:.1f} %",
             )
             yield Panel(text(row["name"]), styles[row["name"].value], grid)
 

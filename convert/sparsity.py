@@ -10,6 +10,7 @@ A recipe says what is scored and where (`weighted`, `linears`, `neurons`); every
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -23,17 +24,36 @@ from kit.convert.recipe import (
     RecipeConfig,
     SearchRun,
     Stage,
+    Suitability,
     allocate_stage,
     layer_stage,
     search_stage,
 )
 
 if TYPE_CHECKING:
+    from kit.convert.stats import InputStats, ModelStats
     from kit.convert.thresholds import Factors
 
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+ADVISED_ERROR, ADVISED_STEP = 0.2, 0.05  # mean relative error up to which a sparsity is advised, and the grid of those
 DENSEST, SPARSEST, PRECISION = 0.0, 0.9, 0.01  # of the search for a perplexity budget
+
+
+def error_without(measured: InputStats, sparsity: float, by_contribution: bool) -> float:
+    """A linear's relative output error without a share of its inputs, between what was measured (linear in the share).
+
+    Args:
+        measured: of the linear's site.
+        sparsity: the share, smallest first.
+        by_contribution: smallest contribution |x_k|·‖W_:k‖ first, where that was measured.
+    """
+    shares = (measured.cett if by_contribution else None) or measured.droppable
+    points = [(0.0, 0.0), *sorted((share, float(error)) for error, share in shares.items()), (1.0, 1.0)]
+    for (left, low), (right, high) in pairwise(points):
+        if sparsity <= right:
+            return low + (high - low) * (sparsity - left) / max(right - left, 1e-9)
+    return 1.0
 
 
 class SparsityConfig(RecipeConfig):
@@ -51,6 +71,13 @@ class SparsityConfig(RecipeConfig):
     )
     dense_prefill: bool = Field(
         True, description="Prompts run dense and only steps of one token are sparse; false makes every token sparse."
+    )
+
+    int4_group: int | None = Field(
+        None,
+        ge=8,
+        description="Also round the weights of sparse linears to 4 bits, to nearest, with a scale for each output and "
+        "so many inputs (32 to 128); null keeps them.",
     )
 
     @field_validator("ppl_budget", mode="before")
@@ -113,6 +140,7 @@ class SparsityRecipe(Recipe):
                         where="the weights",
                         next_step="q, k, v, o, gate, up and down must be separate projections",
                     )
+        self._plan_int4(model)
         weights, every = self.skippable(model), sum(self._size(model, name) for name in (*ATTENTION, *MLP))
         target = f"{self.config.sparsity:.0%}"
         if self.config.ppl_budget is not None:
@@ -123,7 +151,28 @@ class SparsityRecipe(Recipe):
         return [
             PlanItem("sparsity", f"{target}, {self.config.allocator}, of {places}: {share:.0%} of the layers' weights"),
             PlanItem("sparse tokens", when),
+            *([PlanItem("weights", f"4 bits, groups of {self.config.int4_group}")] if self.config.int4_group else []),
         ]
+
+    def _plan_int4(self, model: ModelFacts) -> None:
+        """Check that 4-bit weights are possible."""
+        group = self.config.int4_group
+        if group is None:
+            return
+        if self.neurons:
+            raise KitError(
+                f"{self.name} reads the weights of the MLP row by row, in 16 bits",
+                where=f"recipe {self.name}: int4_group",
+                next_step="take teal, wina or r-sparse, or leave int4_group out",
+            )
+        for name in self.linears:
+            outputs, inputs = model.shapes[f"model.layers.0.{name}.weight"]
+            if inputs % group or outputs % 2:
+                raise KitError(
+                    f"{name} has {inputs} inputs and {outputs} outputs: no groups of {group}",
+                    where=f"recipe {self.name}: int4_group",
+                    next_step="give a divisor of every linear's inputs, such as 32 or 64",
+                )
 
     def skippable(self, model: ModelFacts) -> dict[str, int]:
         """How many weights of a layer each mask can skip."""
@@ -133,6 +182,37 @@ class SparsityRecipe(Recipe):
     def _size(self, model: ModelFacts, name: str) -> int:
         outputs, inputs = model.shapes[f"model.layers.0.{name}.weight"]
         return outputs * inputs
+
+    def suits(self, stats: ModelStats, model: ModelFacts) -> Suitability | None:
+        """1 - the relative output error of a linear without the inputs that the sparsity drops, mean over weights.
+
+        Linears that stay dense make no error. Errors are read off between those at which `stats` has measured how much
+        can be dropped.
+        """
+        weights = self.skippable(model)
+        every = sum(self._size(model, name) for name in (*ATTENTION, *MLP))
+
+        def error(sparsity: float) -> float:
+            total = 0.0
+            for layer in stats.layers:
+                for name, size in weights.items():
+                    neurons = name == "mlp"
+                    measured = layer.inputs["down"] if neurons else layer.input_of(name)
+                    total += size * error_without(measured, sparsity, neurons)
+            return total / every / len(stats.layers)
+
+        found = error(self.config.sparsity)
+        grid = [round(step * ADVISED_STEP, 2) for step in range(1, int(self.config.sparsity / ADVISED_STEP + 1e-9) + 1)]
+        enough = max((share for share in grid if error(share) <= ADVISED_ERROR), default=None)
+        share = sum(weights.values()) / every
+        return Suitability(
+            score=max(0.0, 1 - found),
+            reason=(
+                f"without {self.config.sparsity:.0%} of the inputs of {share:.0%} of the weights, a linear's outputs "
+                f"are off by {found:.1%} on average. Only steps of one token for up to four sequences get faster."
+            ),
+            settings=(f"sparsity={enough:g}",) if enough and enough < self.config.sparsity else (),
+        )
 
     def flops_per_parameter(self) -> float:
         """About five passes over the data, and what is searched."""
@@ -163,6 +243,7 @@ class SparsityRecipe(Recipe):
             "linears": list(self.linears),
             "neurons": self.neurons,
             "ranks": self.allocation.get("ranks", {}),
+            "int4_group": self.config.int4_group,
         }
 
     @property

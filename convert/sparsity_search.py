@@ -1,15 +1,17 @@
-"""Choices about one layer's masks, made by running it: which linears are sparsest, and sparse against low rank."""
+"""Choices made by running a layer, or the model: which linears are sparsest, and sparse against low rank."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kit.convert.recipe import Layer
+from kit.convert.recipe import Layer, SearchRun
 from kit.convert.streaming import Activations
 from kit.convert.thresholds import (
     BATCH_ROWS,
@@ -17,6 +19,7 @@ from kit.convert.thresholds import (
     NeuronScores,
     ScoreHistogram,
     add_dropped,
+    calibrate,
     histograms,
     install,
     low_rank,
@@ -27,10 +30,9 @@ from kit.modules.sparsity import SparseLinear, SparseMLP, masks_of
 
 STEP = 0.05  # of one linear's sparsity
 MOST = 0.95  # no linear gets sparser
-JUDGE_TOKENS = 1024  # the last rows of the calibration data: candidates are judged on them
-FIT_TOKENS = 4096  # before those: low-rank factors are fitted to them while candidates are compared
-RATIOS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.3)
-PARENTS = 4
+JUDGE_TOKENS = 1024  # the last rows of the calibration data: a block's sparsities are judged on them
+RATIOS = (1.0, 0.95, 0.85, 0.6)  # that the search tries
+PIECE = 128  # tokens whose mean loss is one sample, where a gain is told from noise
 
 
 class Block:
@@ -50,7 +52,6 @@ class Block:
         rows, length = layer.inputs.hidden.shape[:2]
         judged = max(min(JUDGE_TOKENS // length, rows // 2), 1)
         self.judged = _rows(layer.inputs, slice(rows - judged, rows))
-        self.fitted = _rows(layer.inputs, slice(0, max(min(FIT_TOKENS // length, rows - judged), 1)))
         self.neurons = NeuronScores(layer) if "mlp" in self.masks else None
         self.scores: dict[str, ScoreHistogram] = histograms(layer, [name for name in self.masks if name != "mlp"])
         if self.neurons:
@@ -162,98 +163,143 @@ def kept_share(sparsity: float, ratio: float) -> float:
     return (1 - sparsity) * ratio
 
 
-class SplitSearch:
-    """ρ of every linear of a block, found by evolution on the error of the block's output (R-Sparse, algorithm 1).
+@dataclass
+class Setting:
+    """A linear's threshold and low-rank factors at one ratio."""
 
-    A gene is an index into `RATIOS`. The first generation holds ρ = 1 everywhere (no low rank), the ratio that is best
-    for each linear by itself, the paper's uniform 0.95, and variations of these. The best `PARENTS` survive, so the
-    result is never worse on the judged rows than no low rank at all.
+    threshold: Tensor
+    up: Tensor | None = None
+    down: Tensor | None = None
+
+
+class SplitSearch:
+    """ρ of every linear, by descent on what the whole sparse model loses: KL to the dense one (R-Sparse, algorithm 1).
+
+    The paper evolves ρ and its code was not released. The error of a linear's or a block's output misleads: low rank
+    for o_proj lowers it and raises the KL. So one ratio is sought for each kind of linear in each of some bands of
+    layers: from no low rank at all, one group at a time goes down `RATIOS` as long as the KL falls by more than its
+    standard error, on rows that factors were not fitted to.
     """
 
-    def __init__(self, layer: Layer, sparsity: dict[str, Any], drops: dict[str, float], factors: Factors) -> None:
-        """Install masks and record what enters each linear.
+    def __init__(
+        self, run: SearchRun, sparsity: dict[str, Any], drops: list[dict[str, float]], factors: Factors, bands: int
+    ) -> None:
+        """Run the dense model, then calibrate the sparse one and every ratio, layer by layer.
 
         Args:
-            layer: the resident layer, with inputs.
+            run: the model and the rows: the last third judges, factors are fitted to the others.
             sparsity: the config's key "sparsity".
-            drops: the sparsity of each linear, low-rank path included.
+            drops: the sparsity of each linear of each layer, low-rank path included.
             factors: how low-rank paths are fitted.
+            bands: of layers that share a ratio.
         """
-        self.block, self.drops, self.factors = Block(layer, sparsity), drops, factors
-        self.names = [name for name in self.block.masks if drops[name] > 0]
-        self.linears: dict[str, SparseLinear] = {n: layer.module.get_submodule(n) for n in self.names}
-        inputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        self.run, self.sparsity = run, sparsity | {"ranks": {}}
+        rows = len(run.rows.input_ids)
+        judged = max(rows // 3, 1)
+        self.judged = replace(run, rows=run.rows.part(slice(rows - judged, rows)))
+        fitted = replace(run, rows=run.rows.part(slice(0, max(rows - judged, 1))))
+        model = run.model()
+        for layer in self.judged.layers(model):
+            last = layer.advance()
+        self.dense = last.hidden
+        self.settings: list[dict[tuple[str, float], Setting]] = []
+        for layer in fitted.layers(run.model()):
+            self.settings.append(self._calibrate(layer, drops[layer.index], factors))
+            run.progress.step(1)
+        edges = [round(len(drops) * i / bands) for i in range(bands + 1)]
+        self.groups = [
+            [(index, name) for index in range(first, end) if (name, RATIOS[1]) in self.settings[index]]
+            for name in drops[0]
+            for first, end in pairwise(edges)
+        ]
+        self.genes: dict[tuple[int, str], float] = {
+            (index, name): 1.0 for index, found in enumerate(self.settings) for name, ratio in found if ratio == 1.0
+        }
+
+    def _calibrate(self, layer: Layer, drop: dict[str, float], factors: Factors) -> dict[tuple[str, float], Setting]:
+        """Every ratio's setting for what the sparse layers before this one give; the layer is left without low rank."""
+        inputs: dict[str, list[Tensor]] = {name: [] for name in drop if drop[name] > 0}
+        calibrate(layer, self.sparsity, drop)
+        linears: dict[str, SparseLinear] = {name: layer.module.get_submodule(name) for name in inputs}
 
         def keep(name: str) -> Callable[[Tensor], None]:
             return lambda x: inputs[name].append(x)
 
-        watch(layer, {self.linears[name].mask: keep(name) for name in self.names}, self.block.fitted)
-        self.inputs = inputs
-        self._settings: dict[tuple[str, int], tuple[Tensor, Tensor | None, Tensor | None, float]] = {}
-        self._errors: dict[tuple[int, ...], float] = {}
-
-    def setting(self, name: str, gene: int) -> tuple[Tensor, Tensor | None, Tensor | None, float]:
-        """Threshold, low-rank factors, and the linear's own squared error on the fitted rows, for one ratio."""
-        if (name, gene) not in self._settings:
-            linear, sparsity = self.linears[name], self.drops[name]
-            rank = budget_rank(tuple(linear.weight.shape), sparsity, RATIOS[gene])
-            self.block.set(name, 1 - kept_share(sparsity, RATIOS[gene]) if rank else sparsity)
-            second = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
-            for x in self.inputs[name]:
-                add_dropped(second, x, linear)
-            missing, up, down = linear.weight.float(), None, None
-            if rank:
-                up, down = low_rank(linear.weight, second if self.factors == "data" else None, rank)
-                missing = missing - up.T @ down
-            error = float((missing @ second * missing).sum())
-            self._settings[name, gene] = (linear.mask.threshold.data.clone(), up, down, error)
-        return self._settings[name, gene]
-
-    def error(self, genes: tuple[int, ...]) -> float:
-        """Of the block's output on the judged rows."""
-        if genes not in self._errors:
-            for name, gene in zip(self.names, genes, strict=True):
-                threshold, up, down, _ = self.setting(name, gene)
-                linear = self.linears[name]
-                linear.mask.threshold.data = threshold.clone()
-                for key, factor in (("low_rank_up", up), ("low_rank_down", down)):
-                    value = None if factor is None else nn.Parameter(factor, requires_grad=False)
-                    linear.register_parameter(key, value)
-            self._errors[genes] = self.block.error()
-        return self._errors[genes]
+        watch(layer, {linears[name].mask: keep(name) for name in inputs})
+        found = {(name, 1.0): Setting(masks_of(layer.module)[name].threshold.data.clone()) for name in drop}
+        for name, linear in linears.items():
+            scores = ScoreHistogram()
+            for x in inputs[name]:
+                scores.add(linear.mask.scores(x))
+            for ratio in RATIOS[1:]:
+                rank = budget_rank((linear.out_features, linear.in_features), drop[name], ratio)
+                if rank:
+                    found[name, ratio] = _fit(
+                        linear, inputs[name], scores, kept_share(drop[name], ratio), rank, factors
+                    )
+            linear.mask.threshold.data = found[name, 1.0].threshold.clone()
+        return found
 
     @torch.no_grad()
-    def run(self, generations: int, population: int, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    def losses(self, genes: dict[tuple[int, str], float]) -> Tensor:
+        """KL(dense ‖ sparse) in nats a token, a mean over each piece of the judged rows (pieces,)."""
+        model = self.run.model()
+        for layer in self.judged.layers(model):
+            install(layer, self.sparsity)
+            for (name, ratio), setting in self.settings[layer.index].items():
+                if genes[layer.index, name] == ratio:
+                    _put(layer.module.get_submodule(name), setting)
+            last = layer.advance()
+        head, found = model.head(), []
+        for sparse, dense in zip(last.hidden, self.dense, strict=True):
+            for x, y in zip(sparse.split(PIECE), dense.split(PIECE), strict=True):
+                target = head(y.to(model.device)).float().log_softmax(-1)
+                logits = head(x.to(model.device)).float().log_softmax(-1)
+                found.append(F.kl_div(logits, target, log_target=True, reduction="sum") / len(x))
+        return torch.stack(found).cpu()
+
+    def descend(self) -> dict[str, Any]:
         """Search.
 
-        Args:
-            generations: how often the best are varied.
-            population: blocks tried in each.
-            seed: of the variations.
-
         Returns:
-            ρ of each linear, and metrics: `error_sparse` with ρ = 1, `error_split`, `tried`.
+            `ratios`: ρ of each linear of each layer; `kl_sparse` with ρ = 1, `kl_split`, `tried`.
         """
-        if not self.names:
-            return dict.fromkeys(self.drops, 1.0), {"error_sparse": 0.0, "tried": 0.0, "error_split": 0.0}
-        draw, count = random.Random(seed), len(RATIOS)
-        alone = tuple(min(range(count), key=lambda g, n=name: self.setting(n, g)[3]) for name in self.names)  # type: ignore[misc]
-        none = (0,) * len(self.names)
-        living = [none, alone, (RATIOS.index(0.95),) * len(self.names)]
-        for _ in range(generations):
-            while len(living) < population:
-                living.append(_child(draw.choice(living[:PARENTS]), draw.choice(living[:PARENTS]), draw))
-            living = sorted(dict.fromkeys(living), key=self.error)[:PARENTS]
-        best = min([none, *living], key=self.error)
-        ratios = {name: RATIOS[gene] for name, gene in zip(self.names, best, strict=True)}
-        ratios |= {name: 1.0 for name in self.drops if name not in ratios}
-        found = {"error_sparse": self.error(none), "tried": float(len(self._errors)), "error_split": self.error(best)}
-        return ratios, found
+        best = first = self.losses(self.genes)
+        tried = 1
+        for group in self.groups:
+            for ratio in RATIOS[1:]:
+                genes = self.genes | {place: ratio for place in group if (place[1], ratio) in self.settings[place[0]]}
+                if genes == self.genes:
+                    break
+                losses, tried = self.losses(genes), tried + 1
+                gain = best - losses
+                self.run.progress.step(1, kl=float(losses.mean()))
+                if float(gain.mean()) <= float(gain.std() / len(gain) ** 0.5):
+                    break
+                best, self.genes = losses, genes
+        ratios: list[dict[str, float]] = [{} for _ in self.settings]
+        for (index, name), ratio in self.genes.items():
+            ratios[index][name] = ratio
+        return {"ratios": ratios, "kl_sparse": float(first.mean()), "kl_split": float(best.mean()), "tried": tried}
 
 
-def _child(one: tuple[int, ...], other: tuple[int, ...], draw: random.Random) -> tuple[int, ...]:
-    """Genes of either parent, of which at least one moves by one or two."""
-    genes = [draw.choice(pair) for pair in zip(one, other, strict=True)]
-    for place in {draw.randrange(len(genes)), draw.randrange(len(genes))}:
-        genes[place] = min(max(genes[place] + draw.choice((-2, -1, 1, 2)), 0), len(RATIOS) - 1)
-    return tuple(genes)
+@torch.no_grad()
+def _fit(
+    linear: SparseLinear, inputs: list[Tensor], scores: ScoreHistogram, kept: float, rank: int, factors: Factors
+) -> Setting:
+    """Threshold that keeps a share, and factors for what it drops; the linear's own threshold is changed."""
+    linear.mask.threshold.data.fill_(scores.threshold(1 - kept))
+    second = None
+    if factors == "data":
+        second = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+        for x in inputs:
+            add_dropped(second, x, linear)
+    up, down = low_rank(linear.weight, second, rank)
+    return Setting(linear.mask.threshold.data.clone(), up, down)
+
+
+def _put(linear: SparseLinear, setting: Setting) -> None:
+    linear.mask.threshold.data = setting.threshold.clone()
+    for name, factor in (("low_rank_up", setting.up), ("low_rank_down", setting.down)):
+        value = None if factor is None else nn.Parameter(factor, requires_grad=False)
+        linear.register_parameter(name, value)

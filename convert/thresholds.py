@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from kit.convert.errors import KitError
 from kit.convert.recipe import Layer
 from kit.convert.streaming import Activations
-from kit.modules.sparsity import SparseLinear, counted, masks_of, skipped_weights, sparsify_layer, token_window
+from kit.modules.sparsity import (
+    SparseInt4Linear,
+    SparseLinear,
+    counted,
+    masks_of,
+    skipped_weights,
+    sparsify_layer,
+    token_window,
+)
 
 BATCH_ROWS = 4
 SITES = (  # masks that see the same input, in the order in which the layer runs
@@ -205,7 +213,7 @@ def output_directions(weight: Tensor, second: Tensor, rank: int) -> Tensor:
 
 def set_low_rank(layer: Layer, name: str, factors: Factors) -> None:
     """Fit a linear's low-rank path to the inputs that its mask drops (`data`), or take it from the weight alone."""
-    linear: SparseLinear = layer.module.get_submodule(name)
+    linear: SparseLinear | SparseInt4Linear = layer.module.get_submodule(name)
     if linear.low_rank_up is None or linear.low_rank_down is None:
         return
     second = None
@@ -220,7 +228,7 @@ def set_low_rank(layer: Layer, name: str, factors: Factors) -> None:
     linear.low_rank_up.data, linear.low_rank_down.data = up, down
 
 
-def add_dropped(second: Tensor, x: Tensor, linear: SparseLinear) -> None:
+def add_dropped(second: Tensor, x: Tensor, linear: SparseLinear | SparseInt4Linear) -> None:
     """Add Σ x xᵀ / ‖token‖² of what a linear's mask drops from inputs (..., K) to `second` (K, K).
 
     Tokens count alike: a few of massive activations would otherwise be all that the factors fit.

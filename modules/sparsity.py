@@ -5,13 +5,14 @@ replaced, as the key "sparsity" of its config says:
 
     {"method": str, "target": float, "dense_prefill": bool, "weighted": bool,
      "linears": [names in a layer, such as "mlp.down_proj"], "neurons": bool,
-     "ranks": {name: [rank of each layer]}}
+     "ranks": {name: [rank of each layer]}, "int4_group": int or None}
 
 `InputMask` is the one place that decides what is kept: calibration, evaluation and the kernels all ask it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,19 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from kit.kernels.sparse_matvec import keep_mask, sparse_linear, sparse_swiglu
+from kit.kernels.sparse_matvec import (
+    dequantize_int4,
+    keep_mask,
+    pays_on_gpu,
+    quantize_int4,
+    sparse_linear,
+    sparse_linear_int4,
+    sparse_linears,
+    sparse_swiglu,
+)
 from kit.modules.own_code import CarriesCode
 
+SAME_INPUT = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -61,7 +72,8 @@ class InputMask(nn.Module):
 
     def for_kernels(self) -> tuple[Tensor, Tensor | None]:
         """Threshold and scale in fp32, as the kernels read them; made once."""
-        now = (self.threshold.device, self.threshold.data_ptr(), self.threshold._version)
+        version = 0 if self.threshold.is_inference() else self.threshold._version
+        now = (self.threshold.device, self.threshold.data_ptr(), version)
         if self._kernels is None or self._kernels[0] != now:
             scale = None if self.scale is None else self.scale.detach().float()
             self._kernels = (now, self.threshold.detach().float(), scale)
@@ -99,6 +111,7 @@ class SparseLinear(nn.Linear):
 
     low_rank_up: nn.Parameter | None
     low_rank_down: nn.Parameter | None
+    shared: SharedInput | None = None
 
     def __init__(self, linear: nn.Linear, mask: InputMask, rank: int = 0, density: float = 0.5) -> None:
         nn.Module.__init__(self)  # a weight of its own would be thrown away
@@ -120,16 +133,141 @@ class SparseLinear(nn.Linear):
         """(..., T, K) -> (..., T, N)."""
         low_rank = self.low_rank
         if uses_kernel(x, self.mask, self.density):
+            if self.shared is not None and (y := self.shared(self, x)) is not None:
+                return y
             threshold, scale = self.mask.for_kernels()
-            weight = transposed_weight(self)
+            weight = self.weight.T if self.shared is not None and self.shared.holds(self) else transposed_weight(self)
             return sparse_linear(x, weight, threshold, scale, low_rank=low_rank, bias=self.bias, density=self.density)
-        keep = self.mask(x)
-        if keep is None:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x.masked_fill(~keep, 0), self.weight, self.bias)
-        if low_rank is not None:
-            y = y + F.linear(F.linear(x.masked_fill(keep, 0), low_rank[1]), low_rank[0].T)
+        return masked_linear(x, self.mask(x), self.weight, self.bias, low_rank)
+
+
+class SharedInput:
+    """Sparse linears without low rank that read the same input: on a GPU, one launch multiplies them all.
+
+    The first one, called with x, computes the outputs of all; the others then find theirs. Their weights become views
+    of one tensor, side by side; there is no copy.
+
+    Args:
+        linears: two or three, in the order in which they are called.
+    """
+
+    def __init__(self, linears: list[SparseLinear]) -> None:
+        self.linears = linears
+        self.sizes = [linear.out_features for linear in linears]
+        self.bounds = tuple(itertools.accumulate(self.sizes[:-1]))
+        self._weight: Tensor | None = None
+        self._masks: tuple[list[Tensor], Tensor, Tensor | None] | None = None
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def __call__(self, linear: SparseLinear, x: Tensor) -> Tensor | None:
+        """linear(x), or None where it is to be multiplied by itself."""
+        if x is self._input and id(linear) in self._outputs:
+            y = self._outputs.pop(id(linear))
+            self._input = x if self._outputs else None
+            return y
+        if linear is not self.linears[0] or torch.compiler.is_compiling() or not self._pays(x):
+            return None
+        thresholds, scales = self._stacked()
+        biases: list[Tensor] = [each.bias for each in self.linears if each.bias is not None]
+        bias = torch.cat(biases) if len(biases) == len(self.linears) else None
+        y = sparse_linears(x, self._side_by_side(), self.bounds, thresholds, scales, bias=bias)
+        parts = y.split(self.sizes, -1)
+        self._input = x
+        self._outputs = {id(each): part for each, part in zip(self.linears[1:], parts[1:], strict=True)}
+        return parts[0]
+
+    def holds(self, linear: SparseLinear) -> bool:
+        """Whether a linear's weight is a view of the common tensor."""
+        if self._weight is None:
+            return False
+        start = (0, *self.bounds)[self.linears.index(linear)]
+        return linear.weight.data_ptr() == self._weight.data_ptr() + start * self._weight.element_size()
+
+    def _pays(self, x: Tensor) -> bool:
+        """Whether the kernel is faster; the bounds have to be ones that it takes, and the masks to drop something."""
+        weights = sum(linear.weight.numel() for linear in self.linears)
+        return all(bound % 256 == 0 for bound in self.bounds) and all(
+            pays_on_gpu(x, linear.density, weights)
+            and uses_kernel(x, linear.mask, linear.density)
+            and linear.low_rank is None
+            and (linear.bias is None) == (self.linears[0].bias is None)
+            for linear in self.linears
+        )
+
+    def _side_by_side(self) -> Tensor:
+        if self._weight is None or not all(self.holds(linear) for linear in self.linears):
+            self._weight = torch.cat([linear.weight.T for linear in self.linears], 1)
+            for linear, part in zip(self.linears, self._weight.split(self.sizes, 1), strict=True):
+                linear.weight.data = part.T
+        return self._weight
+
+    def _stacked(self) -> tuple[Tensor, Tensor | None]:
+        """Thresholds (linears,) and scales (linears, K); made once."""
+        masks = [linear.mask.for_kernels() for linear in self.linears]
+        now = [threshold for threshold, _ in masks]
+        if self._masks is None or any(a is not b for a, b in zip(self._masks[0], now, strict=True)):
+            scales = [scale for _, scale in masks if scale is not None]
+            stacked = torch.stack(scales) if len(scales) == len(masks) else None
+            self._masks = (now, torch.stack(now).flatten(), stacked)
+        return self._masks[1:]
+
+
+class SparseInt4Linear(nn.Module):
+    """A `SparseLinear` whose weights are rounded to 4 bits (see `quantize_int4`); its low-rank path is not.
+
+    Parameters: weight_packed (K, N / 2) uint8, weight_scale (K / g, N), mask, and bias, low_rank_up, low_rank_down as
+    `SparseLinear` has them.
+
+    Args:
+        linear: whose weight is rounded.
+        group_size: g, inputs that share a scale.
+    """
+
+    def __init__(self, linear: SparseLinear, group_size: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = linear.in_features, linear.out_features, group_size
+        # Scales are numbers that a bfloat16 checkpoint holds exactly, so that codes fit them after a round trip.
+        packed, scale = quantize_int4(linear.weight.detach().T.bfloat16(), group_size)
+        self.weight_packed = nn.Parameter(packed, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale.to(linear.weight.dtype), requires_grad=False)
+        self.bias, self.mask, self.density = linear.bias, linear.mask, linear.density
+        self.low_rank_up, self.low_rank_down = linear.low_rank_up, linear.low_rank_down
+
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """As of `SparseLinear`."""
+        if self.low_rank_up is None or self.low_rank_down is None:
+            return None
+        return self.low_rank_up, self.low_rank_down
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K), unpacked."""
+        return dequantize_int4(self.weight_packed, self.weight_scale).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., T, K) -> (..., T, N)."""
+        if not uses_kernel(x, self.mask, self.density):
+            return masked_linear(x, self.mask(x), self.weight, self.bias, self.low_rank)
+        threshold, scale = self.mask.for_kernels()
+        y = sparse_linear_int4(x, self.weight_packed, self.weight_scale, threshold, scale, bias=self.bias)
+        if self.low_rank is not None:
+            up, down = self.low_rank
+            y = y + F.linear(F.linear(x.masked_fill(keep_mask(x, threshold, scale), 0), down), up.T)
         return y
+
+
+def masked_linear(
+    x: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor | None, low_rank: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """W(s⊙x) + b, and what a low-rank path adds of the dropped x, densely; keep None: all of x."""
+    if keep is None:
+        return F.linear(x, weight, bias)
+    y = F.linear(x.masked_fill(~keep, 0), weight, bias)
+    if low_rank is not None:
+        y = y + F.linear(F.linear(x.masked_fill(keep, 0), low_rank[1]), low_rank[0].T)
+    return y
 
 
 class SparseMLP(nn.Module):
@@ -206,8 +344,16 @@ def sparsify_layer(layer: Any, sparsity: dict[str, Any], index: int) -> None:
         parent, _, child = name.rpartition(".")
         old = layer.get_submodule(name)
         rank = sparsity["ranks"][name][index] if name in sparsity["ranks"] else 0
-        new = SparseLinear(old, mask(old.in_features, old, sparsity["weighted"], False), rank, density)
+        linear = SparseLinear(old, mask(old.in_features, old, sparsity["weighted"], False), rank, density)
+        group = sparsity.get("int4_group")
+        new = SparseInt4Linear(linear, group) if group else linear
         setattr(layer.get_submodule(parent), child, new.train(layer.training))
+    for site in SAME_INPUT:
+        found = [layer.get_submodule(name) for name in site if name in sparsity["linears"]]
+        if len(found) == len(site) and all(type(each) is SparseLinear and each.low_rank is None for each in found):
+            shared = SharedInput(found)
+            for each in found:
+                each.shared = shared
     if sparsity["neurons"]:
         size = layer.mlp.gate_proj.out_features
         mlp = SparseMLP(layer.mlp, mask(size, layer.mlp.gate_proj, False, True), density)
@@ -253,6 +399,13 @@ def counted(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             mask.counted = None
 
 
+LINEARS = (SparseLinear, SparseInt4Linear)
+
+
+def _size(linear: Any) -> int:
+    return int(linear.in_features * linear.out_features)
+
+
 def skipped_weights(model: nn.Module, counts: dict[str, Tensor]) -> tuple[dict[str, float], float]:
     """What share of inputs, and of weights, was not read at sparse tokens.
 
@@ -270,10 +423,10 @@ def skipped_weights(model: nn.Module, counts: dict[str, Tensor]) -> tuple[dict[s
         module = model.get_submodule(name)
         if isinstance(module, SparseMLP):
             skipped += share * (module.up_proj.weight.numel() + module.down_proj.weight.numel())
-        elif isinstance(module, SparseLinear):
-            skipped += share * module.weight.numel() - sum(f.numel() for f in module.low_rank or ())
-    linears = (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name)
-    return dropped, skipped / sum(linear.weight.numel() for linear in linears)
+        elif isinstance(module, LINEARS):
+            skipped += share * _size(module) - sum(f.numel() for f in module.low_rank or ())
+    linears = [m for name, m in model.named_modules() if isinstance(m, (nn.Linear, *LINEARS)) and "lm_head" not in name]
+    return dropped, skipped / sum(_size(linear) for linear in linears)
 
 
 # ---- transformers
@@ -281,6 +434,13 @@ def skipped_weights(model: nn.Module, counts: dict[str, Tensor]) -> tuple[dict[s
 
 class SparsePreTrained(CarriesCode):
     """What the base model and the language model share."""
+
+    def save_pretrained(self, *args: Any, **options: Any) -> Any:
+        """As transformers has it; weights that lie side by side for the kernels are parted first."""
+        for linear in (m for m in self.modules() if isinstance(m, SparseLinear)):  # type: ignore[attr-defined]
+            if linear.shared is not None and linear.shared.holds(linear):
+                linear.weight.data = linear.weight.data.contiguous()
+        return super().save_pretrained(*args, **options)
 
     def _init_weights(self, module: Any) -> None:
         if isinstance(module, InputMask):

@@ -6,12 +6,15 @@ read by the sparse part and 1 − ρ by the low-rank one; `search_split` finds �
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from kit.convert.recipe import Layer, ModelFacts, Stage, allocate_stage, layer_stage
+from kit.convert.recipe import ModelFacts, SearchRun, Stage, allocate_stage, search_stage
 from kit.convert.sparsity import SparsityConfig, SparsityRecipe
+
+if TYPE_CHECKING:
+    from kit.convert.stats import ModelStats
 
 
 class SplitConfig(BaseModel):
@@ -22,8 +25,7 @@ class SplitConfig(BaseModel):
     ratio: float | None = Field(
         None, ge=0, le=1, description="ρ of every linear (the paper's uniform baseline: 0.95); null searches."
     )
-    generations: int = Field(4, ge=0, description="Rounds of the evolutionary search in each block.")
-    population: int = Field(10, ge=4, description="Blocks tried in a round.")
+    bands: int = Field(3, ge=1, description="Of layers: linears of one kind in one band share a ratio in the search.")
     factors: Literal["data", "weight"] = Field(
         "data",
         description="Low-rank factors that fit what the mask drops on the calibration data, or the weight's own SVD "
@@ -61,9 +63,10 @@ class RSparse(SparsityRecipe):
         return [stages[name] for name in order if name in stages]
 
     def flops_per_parameter(self) -> float:
-        """The search runs each block on a few thousand tokens for every candidate."""
-        tried = self.config.split.generations * self.config.split.population if self.config.split.ratio is None else 0
-        return super().flops_per_parameter() + 2.0 * tried * 1024
+        """The search runs the model on a third of the rows for every group of linears."""
+        data, split = self.config.data, self.config.split
+        tried = 5 + 8 * split.bands / 3 if split.ratio is None else 0
+        return super().flops_per_parameter() + 2.0 * tried * data.num_samples * data.seq_len
 
     def new_parameters(self, model: ModelFacts) -> int:
         """At most what a ratio of the paper's size would add; the search decides."""
@@ -72,15 +75,18 @@ class RSparse(SparsityRecipe):
         )
         return int(model.num_layers * share * sum(self.skippable(model).values()))
 
-    @layer_stage(propagate="original")
-    def search_split(self, layer: Layer) -> dict[str, float]:
-        """Evolve ρ of the block's linears on the error of its output, factors and error on different rows."""
+    def suits(self, stats: ModelStats, model: ModelFacts) -> None:
+        """Nothing: what a low-rank path wins back is not measured, so `wina` stands for both."""
+
+    @search_stage
+    def search_split(self, run: SearchRun) -> dict[str, Any]:
+        """Find ρ of each kind of linear in each band of layers, by the KL of the whole model to the dense one."""
         from kit.convert.sparsity_search import SplitSearch
 
-        search = SplitSearch(layer, self.description(), self.allocation["drop"][layer.index], self.factors)
         split = self.config.split
-        ratios, metrics = search.run(split.generations, split.population, self.config.seed + layer.index)
-        return {f"{name.rpartition('.')[2]} ratio": ratio for name, ratio in ratios.items()} | metrics
+        tries = len(self.linears) * split.bands
+        with run.progress.task(f"{self.name}: search_split", run.facts.num_layers + tries):
+            return SplitSearch(run, self.description(), self.allocation["drop"], self.factors, split.bands).descend()
 
     @allocate_stage
     def choose_ranks(self, stats: dict[str, list[dict]], model: ModelFacts) -> dict[str, Any]:
@@ -94,7 +100,7 @@ class RSparse(SparsityRecipe):
             for name, sparsity in sparsities.items():
                 ratio = self.config.split.ratio
                 if ratio is None:
-                    ratio = stats[f"{self.name}.search_split"][index][f"{name.rpartition('.')[2]} ratio"]
+                    ratio = self.allocation["ratios"][index][name]
                 rank = budget_rank(model.shapes[f"model.layers.{index}.{name}.weight"], sparsity, ratio)
                 ranks[name].append(rank if sparsity else 0)
                 drop[-1][name] = 1 - kept_share(sparsity, ratio) if ranks[name][-1] else sparsity

@@ -5,6 +5,7 @@ Letters: M rows of input (tokens), K input features, N output features, r the ra
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,3 +75,50 @@ def sparse_swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, thresholds:
     """
     gate = F.silu(F.linear(x, gate_weight))
     return (gate * F.linear(x, up_weight)).masked_fill(~keep_mask(gate, thresholds), 0)
+
+
+# ---- weights in 4 bits
+
+
+def quantize_int4(weight_t: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Round Wᵀ to the nearest of 16 evenly spaced numbers around 0, one spacing for each output and group of channels.
+
+    Args:
+        weight_t: (K, N), N even.
+        group_size: channels that share a scale; divides K.
+
+    Returns:
+        packed (K, N / 2) uint8: byte c of a row holds the code of output c in its low four bits and that of output
+        c + N / 2 in its high ones; and the scales (K / g, N), dtype of weight_t: a weight is (code − 8)·scale.
+
+    Raises:
+        ValueError: if the shape does not fit.
+    """
+    size, outputs = weight_t.shape
+    if size % group_size or outputs % 2:
+        raise ValueError(f"a weight of {size} inputs and {outputs} outputs has no groups of {group_size} or no halves")
+    grouped = weight_t.float().unflatten(0, (-1, group_size))
+    scale = (grouped.abs().amax(1) / 7).to(weight_t.dtype)
+    codes = (grouped / scale.float().clamp(min=1e-30)[:, None]).round().clamp(-8, 7).flatten(0, 1) + 8
+    low, high = codes.to(torch.uint8).chunk(2, 1)
+    return (low | high << 4).contiguous(), scale
+
+
+def dequantize_int4(packed: Tensor, weight_scale: Tensor) -> Tensor:
+    """Wᵀ (K, N) of `quantize_int4`, dtype of the scales."""
+    codes = torch.cat([packed & 15, packed >> 4], 1).float() - 8
+    grouped = codes.unflatten(0, (weight_scale.shape[0], -1)) * weight_scale.float()[:, None]
+    return grouped.flatten(0, 1).to(weight_scale.dtype)
+
+
+def sparse_linear_int4(
+    x: Tensor,
+    packed: Tensor,
+    weight_scale: Tensor,
+    threshold: float | Tensor,
+    scale: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`sparse_linear` with the weights of `quantize_int4`."""
+    return sparse_linear(x, dequantize_int4(packed, weight_scale), threshold, scale, bias=bias)

@@ -68,6 +68,9 @@ def row(name, level):
                 for depth in (0.0, 0.5, 1.0)
             ],
         },
+        "dropped_inputs": None
+        if name == "base"
+        else {f"self_attn.{linear}_proj": [made_up(name, linear, layer) for layer in range(4)] for linear in "qko"},
         "generations": {
             "repetition": 0.08123 + level / 5,
             "degenerate": level / 4,
@@ -403,7 +406,18 @@ def sections(html):
 
 
 def test_sections_without_data_are_left_out(out, page, results):
-    everything = ["measured", "significance", "trade-off", "position", "recall", "text", "layers", "losses", "made"]
+    everything = [
+        "measured",
+        "significance",
+        "trade-off",
+        "position",
+        "recall",
+        "dropped",
+        "text",
+        "layers",
+        "losses",
+        "made",
+    ]
     assert sections(page[0]) == everything
     minimal = {key: REPORT[key] for key in ("model", "recipes")}
     (out / "kit_report.json").write_text(json.dumps(minimal))

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kit.kernels.sparse_matvec import HAS_TRITON, cpu_kernel, reference, sparse_linear, sparse_swiglu
+from kit.kernels.sparse_matvec import (
+    HAS_TRITON,
+    cpu_kernel,
+    reference,
+    sparse_linear,
+    sparse_linear_int4,
+    sparse_linears,
+    sparse_swiglu,
+)
 from kit.modules.bundler import write_code
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,18 +163,93 @@ def test_results_are_the_same_bits_each_time_and_scratch_is_left_clean(name):
         assert torch.equal(linear(d["x"], d["w"], 0.7, d["scale"], (d["up_t"], d["down"]), None), first)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+@pytest.mark.parametrize("chunk", [16, 80, 250, 500])
 @pytest.mark.parametrize("threshold_tensor", [False, True])
-def test_triton_splits(splits, threshold_tensor):
+def test_triton_splits(chunk, threshold_tensor):
     implementation("triton")
     from kit.kernels.sparse_matvec import launch
 
     d = data(2, 500, 300, device=DEVICE, rank=5)
     threshold = torch.tensor([0.7], device=DEVICE) if threshold_tensor else 0.7
-    cut = launch.Cut(depth=4, groups=4, splits=splits)
+    cut = launch.Cut(depth=4, groups=4, chunk=chunk)
     y = launch.sparse_linear(d["x"], d["w"], threshold, d["scale"], (d["up_t"], d["down"]), d["bias"], cut=cut)
     expected = formula(d["x"], d["w"], 0.7, d["scale"], (d["up_t"], d["down"]), d["bias"])
     close(y, expected, torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("sizes", [(256, 256, 130), (512, 77)])
+def test_linears_side_by_side_have_masks_of_their_own(sizes, rows):
+    parts = [data(rows, 77, size, seed=i, device=DEVICE) for i, size in enumerate(sizes)]
+    x, bounds = parts[0]["x"], tuple(sum(sizes[: i + 1]) for i in range(len(sizes) - 1))
+    together = {name: torch.cat([part[name] for part in parts], -1).contiguous() for name in ("w", "bias")}
+    thresholds = torch.tensor([0.2, 0.7, 1.1][: len(sizes)], device=DEVICE)
+    scales = torch.stack([part["scale"] for part in parts])
+    each = [formula(x, p["w"], float(t), p["scale"], bias=p["bias"]) for p, t in zip(parts, thresholds, strict=True)]
+    expected, options = torch.cat(each, 1), {"bias": together["bias"]}
+    close(sparse_linears(x, together["w"], bounds, thresholds, scales, **options), expected, torch.float32)
+    if HAS_TRITON:
+        from kit.kernels.sparse_matvec import launch
+
+        y = launch.sparse_linear(x, together["w"], thresholds, scales, bounds=bounds, **options)
+        close(y, expected, torch.float32)
+        cut = launch.Cut(columns=128, groups=4, depth=4, warps=4, chunk=32)
+        y = launch.sparse_linear(x, together["w"], thresholds, scales, bounds=bounds, cut=cut, **options)
+        close(y, expected, torch.float32)
+
+
+# ---- weights in 4 bits
+
+
+def test_four_bits_round_to_the_nearest_and_unpack_to_the_formula():
+    w = data(1, 12, 10)["w"]
+    packed, scales = reference.quantize_int4(w, 4)
+    back = reference.dequantize_int4(packed, scales)
+    for k in range(12):
+        for n in range(10):
+            step = float(w[k - k % 4 : k - k % 4 + 4, n].abs().max()) / 7
+            nearest = min(range(-8, 8), key=lambda c, k=k, n=n, step=step: abs(float(w[k, n]) - c * step))
+            assert float(back[k, n]) == pytest.approx(nearest * step, rel=1e-6, abs=1e-9)
+            nibble = int(packed[k, n % 5]) >> (4 if n >= 5 else 0) & 15
+            assert nibble - 8 == nearest
+    for shape, group in (((12, 10), 5), ((12, 9), 4)):
+        with pytest.raises(ValueError, match="group"):
+            reference.quantize_int4(torch.ones(shape), group)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize(("inputs", "outputs", "group"), [(64, 512, 64), (96, 130, 32), (256, 66, 128), (8, 2, 8)])
+def test_int4_linear_is_the_formula(inputs, outputs, group, rows):
+    implementation("triton")
+    from kit.kernels.sparse_matvec import launch
+
+    d = data(rows, inputs, outputs, device=DEVICE)
+    packed, scales = reference.quantize_int4(d["w"], group)
+    w = reference.dequantize_int4(packed, scales)
+    for threshold in (torch.tensor([0.7], device=DEVICE), -1.0, math.inf):
+        expected = formula(d["x"], w, float(threshold), d["scale"], bias=d["bias"])
+        cut = launch.Cut(columns=32, depth=4, groups=4, chunk=max(inputs // 3, 1))
+        for more in ({}, {"cut": cut}):
+            y = launch.sparse_linear_int4(d["x"], packed, scales, threshold, d["scale"], d["bias"], **more)
+            close(y, expected, torch.float32)
+    close(reference.sparse_linear_int4(d["x"], packed, scales, 0.7), formula(d["x"], w, 0.7), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_int4_linear_in_every_dtype_and_through_the_dispatch(dtype):
+    d = data(2, 128, 600, dtype, device=DEVICE)
+    packed, scales = reference.quantize_int4(d["w"], 32)
+    w = reference.dequantize_int4(packed, scales)
+    expected = formula(d["x"], w, 0.7, d["scale"], bias=d["bias"])
+    y = sparse_linear_int4(d["x"][None], packed, scales, 0.7, d["scale"], bias=d["bias"])
+    assert y.shape == (1, 2, 600)
+    close(y[0], expected, dtype)
+    if HAS_TRITON:
+        from kit.kernels.sparse_matvec import launch
+
+        y = launch.sparse_linear_int4(d["x"], packed, scales, 0.7, d["scale"], d["bias"])
+        close(y, expected, dtype)
+        assert torch.equal(y, launch.sparse_linear_int4(d["x"], packed, scales, 0.7, d["scale"], d["bias"]))
 
 
 # ---- output-sparse gate and up

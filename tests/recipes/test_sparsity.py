@@ -1,6 +1,8 @@
 """Recipes of activation sparsity on tiny random models: what is dropped, what it costs, and what is on disk."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +12,19 @@ from typer.testing import CliRunner
 from kit.cli import app
 from kit.convert import pipeline
 from kit.convert.checkpoint import load, open_checkpoint
+from kit.convert.data import load_rows
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.evaluate import evaluate
 from kit.convert.pipeline import Options, convert, plan
 from kit.convert.progress import Progress
+from kit.convert.recipe import ModelFacts, SearchRun
 from kit.convert.report import markdown_table, settings_line
+from kit.convert.sparsity import error_without
+from kit.convert.sparsity_search import RATIOS, SplitSearch, budget_rank
+from kit.convert.streaming import StreamedModel, TensorView
+from kit.convert.thresholds import install
+from kit.kernels.sparse_matvec import sparse_linears
+from kit.modules import sparsity
 from kit.modules.sparsity import FAMILIES, counted, masks_of, skipped_weights, token_window
 from kit.recipes import load_recipes
 
@@ -47,7 +57,7 @@ def converted(llama, tmp_path_factory):
         output = tmp_path_factory.mktemp("out") / method
         overrides = ["sparsity=0.5", "dense_prefill=false"]
         if method == "r-sparse":
-            overrides += ["split.generations=2", "split.population=6"]
+            overrides += ["split.bands=2"]
         made[method] = (output, run(llama, output, method, *overrides))
     return made
 
@@ -133,6 +143,37 @@ def test_prompts_run_dense_and_steps_sparse_unless_it_is_strict(llama, converted
     assert torch.equal(model(text).logits, strict)
 
 
+def test_linears_of_one_input_are_multiplied_in_one_launch(make_model, tmp_path, monkeypatch):
+    """Where the kernels run; here their reference stands for them."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    shape |= {"head_dim": 64}
+    run(make_model("qwen2", **shape), tmp_path / "out", "wina", "sparsity=0.5")
+    model = load(tmp_path / "out").eval()
+    tokens, calls = ids(12, 2), []
+    prompt = model(tokens, use_cache=True)
+    apart = model(tokens[:, :1], past_key_values=copy.deepcopy(prompt.past_key_values)).logits
+
+    def together(x, weight, bounds, *rest, **options):
+        calls.append(bounds)
+        return sparse_linears(x, weight, bounds, *rest, **options)
+
+    monkeypatch.setattr(sparsity, "pays_on_gpu", lambda x, density, weights: True)
+    monkeypatch.setattr(sparsity, "sparse_linears", together)
+    for _ in range(2):
+        step = model(tokens[:, :1], past_key_values=copy.deepcopy(prompt.past_key_values)).logits
+        torch.testing.assert_close(step, apart)
+    assert calls == [(256, 512), (512,)] * 6
+    torch.testing.assert_close(model(tokens).logits, prompt.logits)
+    q, k = (model.get_submodule(f"model.layers.1.self_attn.{name}_proj") for name in "qk")
+    assert q.weight.untyped_storage().data_ptr() == k.weight.untyped_storage().data_ptr()
+    x = torch.randn(1, 1, 256)  # one alone is multiplied by itself, and a new input is not taken for an old one
+    torch.testing.assert_close(k(x), (x * k.mask(x)) @ k.weight.T + k.bias)
+    assert not torch.equal(q(x), q(x + 1))
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert all(torch.equal(tensor, after[name].to(tensor.dtype)) for name, tensor in before.items())
+
+
 def test_the_default_leaves_prompts_dense(llama, tmp_path):
     run(llama, tmp_path / "out", "teal")
     base, model = load(str(llama)), load(str(tmp_path / "out"))
@@ -163,8 +204,41 @@ def test_a_perplexity_budget_is_kept_and_used(llama, tmp_path):
 
 
 def test_the_search_never_loses_to_no_low_rank(converted):
-    for layer in converted["r-sparse"][1]["stages"]["r-sparse.search_split"]:
-        assert layer["error_split"] <= layer["error_sparse"]
+    found = converted["r-sparse"][1]["allocation"]["r-sparse"]
+    assert found["kl_split"] <= found["kl_sparse"]
+    assert found["tried"] >= 8
+    for layer in found["ratios"]:
+        assert set(layer.values()) <= set(RATIOS)
+
+
+def test_the_search_measures_what_the_written_models_lose(llama, tmp_path):
+    """KL of no low rank at all is that of wina's masks, and one of a split is that of a model with that split."""
+    overrides = [*DATA, "sparsity=0.5", "dense_prefill=false"]
+    checkpoint, recipe = open_checkpoint(str(llama)), load_recipes("r-sparse", overrides)[0]
+    rows = load_rows(recipe.config.data, checkpoint.load_tokenizer(), seed=0, model=load(llama), progress=Progress())
+    model = lambda: StreamedModel(checkpoint.config, TensorView(checkpoint), device="cpu", dtype=torch.float32)  # noqa: E731
+    search_run = SearchRun(rows, "cpu", Progress(), model, {}, ModelFacts.of(checkpoint))
+    drops = [dict.fromkeys(recipe.linears, 0.5) for _ in range(3)]
+    search = SplitSearch(search_run, recipe.description(), drops, "data", 1)
+    genes = {place: 0.6 if place[1].endswith("up_proj") else 1.0 for place in search.genes}
+    judged = rows.input_ids[-(len(rows.input_ids) // 3) :]
+    dense = load(llama)
+    target = dense(judged).logits.log_softmax(-1)
+    for layer, module in enumerate(dense.model.layers):
+        holder = SimpleNamespace(module=module, index=layer)
+        install(holder, recipe.description())
+        for name in drops[0]:
+            setting = search.settings[layer][name, genes[layer, name]]
+            linear = module.get_submodule(name)
+            linear.mask.threshold.data = setting.threshold
+            if setting.up is not None:
+                assert setting.up.shape[0] == budget_rank((160, 96), 0.5, 0.6)
+                linear.low_rank_up, linear.low_rank_down = (torch.nn.Parameter(f) for f in (setting.up, setting.down))
+    with token_window(dense, 0):
+        logits = dense(judged).logits.log_softmax(-1)
+    expected = (target.exp() * (target - logits)).sum(-1).mean()
+    torch.testing.assert_close(search.losses(genes).mean(), expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(search.losses(search.genes).mean(), expected, rtol=1e-4)
 
 
 def test_a_killed_conversion_resumes_to_the_same_checkpoint(llama, converted, tmp_path, monkeypatch):
@@ -176,7 +250,7 @@ def test_a_killed_conversion_resumes_to_the_same_checkpoint(llama, converted, tm
             raise KeyboardInterrupt
         return changed(self, module, prefix)
 
-    overrides = ["sparsity=0.5", "dense_prefill=false", "split.generations=2", "split.population=6"]
+    overrides = ["sparsity=0.5", "dense_prefill=false", "split.bands=2"]
     monkeypatch.setattr(pipeline._Conversion, "changed", killed)
     with pytest.raises(KeyboardInterrupt):
         run(llama, tmp_path / "out", "r-sparse", *overrides)
@@ -221,6 +295,52 @@ def test_sparsify_is_a_front_for_convert(llama, tmp_path, options, said):
     assert said in plan["sparsity"]
     assert ("every token" in plan["sparse tokens"]) == ("--strict" in options)
     assert plan["recipe"] == ("wina" if options else "r-sparse")
+
+
+@pytest.mark.parametrize("method", ["wina", "r-sparse"])
+def test_four_bit_weights_stack_on_sparsity(llama, tmp_path, method, logits_without_kit):
+    overrides = ["sparsity=0.5", "dense_prefill=false", "int4_group=16"]
+    if method == "r-sparse":
+        overrides += ["split.ratio=0.6"]
+    run(llama, tmp_path / "out", method, *overrides)
+    model, base = load(tmp_path / "out").eval(), load(llama)
+    name = "model.layers.1.mlp.down_proj"
+    linear, weight = model.get_submodule(name), base.get_submodule(name).weight
+    grouped = weight.bfloat16().float().unflatten(1, (-1, 16))
+    steps = (grouped.abs().amax(2) / 7).bfloat16().float()
+    expected = ((grouped / steps[..., None]).round().clamp(-8, 7) * steps[..., None]).flatten(1)
+    torch.testing.assert_close(linear.weight, expected)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert f"{name}.weight" not in stored
+    assert stored[f"{name}.weight_packed"].dtype == torch.uint8
+    assert stored[f"{name}.weight_packed"].numel() == weight.numel() // 2
+    x = torch.randn(1, 1, linear.in_features)
+    keep = linear.mask(x)
+    wanted = (x * keep) @ expected.T
+    if method == "r-sparse":
+        wanted = wanted + (x * ~keep) @ linear.low_rank_down.T @ linear.low_rank_up
+    torch.testing.assert_close(linear(x), wanted)
+    with counted(model) as counts:
+        model(ids())
+    assert skipped_weights(model, counts)[1] == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(logits_without_kit(tmp_path / "out", ids(), True), model(ids()).logits)
+
+
+@pytest.mark.parametrize(("method", "group", "said"), [("chess", 16, "16 bits"), ("teal", 40, "no groups of 40")])
+def test_four_bits_that_do_not_fit_are_refused_in_the_plan(llama, tmp_path, method, group, said):
+    with pytest.raises(KitError, match=said):
+        plan(
+            open_checkpoint(str(llama)), load_recipes(method, [*DATA, f"int4_group={group}"]), Options(tmp_path / "out")
+        )
+
+
+def test_the_error_without_inputs_is_read_between_what_was_measured():
+    shares = {"0.01": 0.1, "0.1": 0.3, "0.2": 0.5}
+    measured = SimpleNamespace(droppable=shares, cett={"0.01": 0.2, "0.1": 0.4, "0.2": 0.6})
+    found = [error_without(measured, share, False) for share in (0, 0.05, 0.1, 0.4, 0.5, 0.75, 1)]
+    assert found == pytest.approx([0, 0.005, 0.01, 0.15, 0.2, 0.6, 1])
+    assert error_without(measured, 0.5, True) == pytest.approx(0.15)
+    assert error_without(SimpleNamespace(droppable=shares, cett=None), 0.4, True) == pytest.approx(0.15)
 
 
 def test_fused_or_quantized_models_are_refused(llama):
