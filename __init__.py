@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kit.convert.checkpoint import load
+    from kit.modules.accelerated import enable_kernels
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "enable_kernels", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Resolve `kit.load` on first use, so that `import kit` stays light (PEP 562)."""
+    """Resolve functions on first use, so that `import kit` stays light (PEP 562)."""
     if name == "load":
         from kit.convert.checkpoint import load
 
         return load
+    if name == "enable_kernels":
+        from kit.modules.accelerated import enable_kernels
+
+        return enable_kernels
     raise AttributeError(f"module 'kit' has no attribute {name!r}")

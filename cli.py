@@ -598,7 +598,7 @@ def _measure(
     )
 
 
-def _lengths(text: str | None) -> list[int] | None:
+def _lengths(text: str | None, option: str = "--recall", what: str = "lengths") -> list[int] | None:
     """The numbers of 512,1024,2048, ascending."""
     from kit.convert.errors import ExitCode, KitError
 
@@ -608,7 +608,7 @@ def _lengths(text: str | None) -> list[int] | None:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
         raise KitError(
-            f"'{text}' are no lengths", where="--recall", next_step="write 512,1024,2048", exit_code=ExitCode.USAGE
+            f"'{text}' are no {what}", where=option, next_step="write 512,1024,2048", exit_code=ExitCode.USAGE
         ) from error
 
 
@@ -702,6 +702,61 @@ def chat(
         device=resolve_device(device),
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="Folder, GGUF file, hub id, or smollm2.", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Model to measure beside; 16bit with --config.", show_default=False)
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Random INT4-FP8 weights of this shape: llama-3-8b, ..., or a config.json.", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[str, typer.Option("--batch-size", "-b", help="Rows; several with commas.")] = "1",
+    context: Annotated[str, typer.Option(help="Tokens of the prompt; several with commas.")] = "512",
+    new_tokens: Annotated[int, typer.Option(help="Steps of decoding a measurement.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Of each prefill; the median counts.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of prompts and random weights.")] = 0,
+    json_: Json = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure prefill, decoding, time to the first token, and memory, over batch and context."""
+    _libraries(verbose)
+    from kit.convert import bench as benching
+    from kit.convert.pipeline import resolve_device
+
+    benching.check_folder(output)
+    result = benching.bench(
+        model,
+        base=base,
+        config=config,
+        batches=_lengths(batch_size, "--batch-size", "batch sizes") or [],
+        contexts=_lengths(context, "--context") or [],
+        new_tokens=new_tokens,
+        repeats=repeats,
+        dtype=dtype,
+        device=resolve_device(device),
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        progress=_progress(quiet or json_).log,
+    )
+    if output is not None:
+        benching.write_bench(result, output)
+    _print_json(result) if json_ else _print_bench(result)
 
 
 @app.command()
@@ -972,6 +1027,20 @@ def _print_comparison(result: dict[str, Any]) -> None:
         console.print(table)
     _print_tasks(console, result)
     print_details(console, result)
+
+
+def _print_bench(result: dict[str, Any]) -> None:
+    from kit.convert.bench import table_lines
+    from kit.convert.tables import plain_table
+
+    settings, console = result["settings"], _console()
+    console.print(plain_table(*table_lines(result["rows"])))
+    kinds = {(row.get("kernels"), row.get("graph")) for row in result["rows"] if "error" not in row}
+    notes = [settings["device"]]
+    notes += ["INT4-FP8 kernels"] * any(kernels for kernels, _ in kinds)
+    notes += ["decoding as a CUDA graph"] * any(graph for _, graph in kinds)
+    notes += ["random weights"] * settings["random_weights"]
+    console.print("; ".join(notes), highlight=False)
 
 
 def main() -> None:

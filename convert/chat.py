@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from kit.convert.checkpoint import Checkpoint
+from kit.convert.checkpoint import Checkpoint, on_kernels
 
 
 def chat(
@@ -30,7 +30,7 @@ def chat(
     from transformers import TextStreamer
 
     tokenizer = checkpoint.load_tokenizer(trust_remote_code)
-    model = checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code)
+    model = on_kernels(checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code))
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []

@@ -255,7 +255,7 @@ def _load_sidecar(folder: Path, model: Any) -> set[str]:
 
 
 def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> Any:
-    """Load a model, converted or not, ready to run.
+    """Load a model, converted or not, ready to run. On a GPU a quantized one is put on the kernels (`on_kernels`).
 
     Args:
         path: what `kit` commands take as MODEL.
@@ -267,7 +267,22 @@ def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", t
         KitError: if it cannot be found or loaded whole.
     """
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
-    return checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code)
+    return on_kernels(checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code))
+
+
+def on_kernels(model: Any) -> Any:
+    """Put a quantized model that is on a GPU on the INT4-FP8 kernels, in place; any other stays as it is.
+
+    One warning says so where the kernels cannot run it.
+    """
+    if model.device.type == "cuda":
+        from kit.modules.quantized import QuantizedLinear
+
+        if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+            from kit.modules.accelerated import enable_kernels
+
+            enable_kernels(model)
+    return model
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kit.kernels.int4_fp8 import dequantize_weight, per_tensor_factor, quantize_fp8
+from kit.kernels.int4_fp8 import cast_fp8, dequantize_weight, per_tensor_factor
 
 LEVELS = 16  # of INT4: codes -8 ... 7
 CLIPS = tuple(1 - 0.025 * i for i in range(21))  # shares of the largest magnitude that the grid reaches
@@ -117,7 +117,7 @@ def round_scale(scale: Tensor, grid: Grid, factor: float | None = None) -> Tenso
         return _nonzero(scale.to(torch.bfloat16).float())
     lift = per_tensor_factor(_nonzero(scale)) if factor is None else factor
     for _ in range(15):
-        rounded = quantize_fp8(scale * lift).float()
+        rounded = cast_fp8(scale * lift).float()
         rounded = torch.where(rounded == 0, torch.full_like(scale, FP8_STEP).copysign(scale), rounded) / lift
         if factor is not None or (again := per_tensor_factor(rounded)) == lift:
             break

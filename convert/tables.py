@@ -47,6 +47,11 @@ def compared_table(rows: list[dict[str, Any]], comparisons: list[dict[str, Any]]
     return _table(None, [*header, "weights"], cells)
 
 
+def plain_table(header: list[str], cells: list[list[str]]) -> Table:
+    """A table of given cells, without a title."""
+    return _table(None, header, cells)
+
+
 def position_table(rows: list[dict[str, Any]]) -> Table | None:
     """Perplexity by how many tokens of the window stand before a token, a row a model."""
     rows = [row for row in rows if row.get("perplexity_by_position")]

@@ -37,8 +37,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from kit.kernels.int4_fp8 import (
     dequantize_kv,
     dequantize_weight,
+    dequantized_linear,
     hadamard,
-    int4_fp8_linear,
     per_tensor_factor,
     quantize_kv,
     round_activations,
@@ -144,7 +144,7 @@ class QuantizedLinear(nn.Module):
         inputs = x.float()
         if self.fp8_inputs and self.quantize_inputs:
             if not (trained or (torch.is_grad_enabled() and x.requires_grad)):
-                return int4_fp8_linear(x, dense, self.bias)
+                return dequantized_linear(x, dense, self.bias)
             inputs = straight_through(inputs, round_activations)
         y = F.linear(inputs, dense, None if self.bias is None else self.bias.float())
         return y.to(x.dtype)
@@ -245,6 +245,11 @@ class AttentionQuantization(nn.Module):
 @lru_cache
 def _rotation(size: int, device: torch.device) -> Tensor:
     return hadamard(size).to(device, torch.float32)
+
+
+def rotation_signs(size: int, device: torch.device) -> Tensor:
+    """√size times the rotation of heads, (size, size), of ±1."""
+    return (_rotation(size, device) * size**0.5).round()
 
 
 def _joined(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

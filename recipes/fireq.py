@@ -976,7 +976,7 @@ class Fireq(Recipe):
             output_error,
             round_to_nearest,
         )
-        from kit.kernels.int4_fp8 import pack_int4, quantize_fp8
+        from kit.kernels.int4_fp8 import cast_fp8, pack_int4
         from kit.modules.quantized import QuantizedLinear
 
         weight = linear.weight.float()
@@ -994,7 +994,7 @@ class Fireq(Recipe):
         if form.bits == 8:
             scale = (weight.abs().amax(1, keepdim=True) / 448).to(torch.bfloat16).float()
             scale = torch.where(scale == 0, 1.0, scale)
-            made.weight.copy_(quantize_fp8(weight / scale))
+            made.weight.copy_(cast_fp8(weight / scale))
             made.weight_scale.copy_(scale)
             return made, output_error(weight, made.dequantize(), second)
         options = self.config.gptq

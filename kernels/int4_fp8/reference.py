@@ -79,7 +79,7 @@ def table_weight(codes: Tensor, scale: Tensor, per_tensor: float) -> Tensor:
     Returns:
         (N, K), fp32.
     """
-    return quantize_fp8(dequantize_weight(codes, scale) * per_tensor).float() / per_tensor
+    return cast_fp8(dequantize_weight(codes, scale) * per_tensor).float() / per_tensor
 
 
 def per_tensor_factor(scale: Tensor) -> float:
@@ -103,7 +103,7 @@ def per_tensor_factor(scale: Tensor) -> float:
     return best
 
 
-def quantize_fp8(x: Tensor) -> Tensor:
+def cast_fp8(x: Tensor) -> Tensor:
     """Round to e4m3, saturating at ±448 (a plain cast turns larger numbers into NaN)."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
@@ -124,7 +124,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
     scale = torch.where(largest == 0, 1.0, (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
-    return quantize_fp8(x / scale), torch.where(largest.isfinite(), scale, torch.nan)
+    return cast_fp8(x / scale), torch.where(largest.isfinite(), scale, torch.nan)
 
 
 def round_activations(x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def round_activations(x: Tensor) -> Tensor:
     return (codes.float() * scale).to(x.dtype)
 
 
-def int4_fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def dequantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Y = X Wᵀ + b with X rounded to FP8 per token, accumulated in fp32.
 
     Args:

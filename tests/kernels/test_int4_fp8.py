@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from kit.kernels.int4_fp8 import (
+    cast_fp8,
     dequantize_kv,
     dequantize_weight,
+    dequantized_linear,
     hadamard,
-    int4_fp8_linear,
     pack_int4,
     per_tensor_factor,
-    quantize_fp8,
     quantize_kv,
     round_activations,
     shaping_factor,
@@ -93,8 +93,8 @@ def test_fp8_rounding_equals_a_float64_table():
     middles = [(a + b) / 2 for a, b in itertools.pairwise(table)]  # every tie
     x = torch.tensor([*table, *middles, 449.0, 464.0, 1e6, math.inf])
     x = torch.cat([x, -x, normal(4096) * 100, normal(4096, seed=1) * 0.01])
-    assert torch.equal(quantize_fp8(x).double(), round_e4m3(x))
-    assert quantize_fp8(torch.tensor(math.nan)).isnan()
+    assert torch.equal(cast_fp8(x).double(), round_e4m3(x))
+    assert cast_fp8(torch.tensor(math.nan)).isnan()
 
 
 def test_activation_codes_are_the_float64_rounding():
@@ -129,7 +129,7 @@ def test_rows_of_zeros_and_of_nan():
     assert bool(rounded[1:3].isnan().all())
     assert bool(rounded[3].isfinite().all())
     assert torch.equal(round_activations(x).isnan(), rounded.isnan())
-    y = int4_fp8_linear(x, torch.ones(2, 8))
+    y = dequantized_linear(x, torch.ones(2, 8))
     assert y.isnan().tolist() == [[False] * 2, [True] * 2, [True] * 2, [False] * 2]
 
 
@@ -160,7 +160,7 @@ def test_linear_equals_float64_on_the_dequantized_operands(bias, zero_point):
     torch.testing.assert_close(weight.double(), exact, rtol=1e-6, atol=0)
     x_codes, x_scale = quantize_activations(x)
     expected = (x_codes.double() * x_scale.double()) @ exact.T + (0 if b is None else b.double())
-    y = int4_fp8_linear(x, weight, b)
+    y = dequantized_linear(x, weight, b)
     assert y.dtype == x.dtype
     assert float((y.double() - expected).norm() / expected.norm()) <= 1e-5
 

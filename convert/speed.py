@@ -1,0 +1,175 @@
+"""How fast a model is: prefill, decoding, time to the first token and memory.
+
+Decoding runs as a CUDA graph where the device is a GPU and the model's cache has a fixed size, so that launches do not
+count.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from kit.convert.measure import peak_memory, reset_peak_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FusedRunner:
+    """A model on the kernels (`kit.enable_kernels`)."""
+
+    kernels = True
+
+    def __init__(self, model: Any) -> None:
+        self.fused = model.fused
+        self.graph: Any = None
+
+    def start(self, batch: int, capacity: int) -> None:
+        """Make a cache."""
+        self.graph = None
+        self.store = self.fused.empty_store(batch, capacity)
+        self.store.padded = False
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Fill the cache; logits of the last token, (B, 1, V)."""
+        self.store.reset()
+        return self.fused.prompt(self.fused.model.model.embed_tokens(ids), self.store)
+
+    def step(self, ids: Tensor) -> Tensor:
+        """One token a row, (B, 1), to (B, 1, V)."""
+        return self.fused.step(ids, self.store)
+
+    def cache_bytes(self) -> int:
+        """Bytes of the cache."""
+        return self.store.nbytes()
+
+
+class PlainRunner:
+    """A model as transformers runs it: a cache of fixed size on a GPU, a growing one elsewhere, or if that fails."""
+
+    kernels = False
+
+    def __init__(self, model: Any) -> None:
+        from kit.modules.cache import cache_argument
+
+        self.model = model
+        self.name = cache_argument(inspect.signature(model.forward).parameters)
+
+    def start(self, batch: int, capacity: int) -> None:
+        """Choose a cache."""
+        self.batch, self.capacity = batch, capacity
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Fill a new cache; logits of the last token, (B, 1, V)."""
+        import torch
+        from transformers import DynamicCache, StaticCache
+
+        config = self.model.config
+        static = self.model.device.type == "cuda" and getattr(self.model, "_can_compile_fullgraph", False)
+        self.cache = StaticCache(config, self.capacity) if static else DynamicCache(config=config)
+        self.fixed = static
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
+        out = self.model(ids, **{self.name: self.cache}, use_cache=True, logits_to_keep=1)
+        self.position.fill_(ids.shape[1])
+        return out.logits
+
+    def step(self, ids: Tensor) -> Tensor:
+        """One token a row, (B, 1), to (B, 1, V)."""
+        out = self.model(ids, position_ids=self.position, **{self.name: self.cache}, use_cache=True)
+        self.position.add_(1)
+        return out.logits
+
+    def cache_bytes(self) -> int:
+        """Bytes of the cache."""
+        tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def runner_of(model: Any) -> FusedRunner | PlainRunner:
+    """What runs a model."""
+    return FusedRunner(model) if getattr(model, "fused", None) is not None else PlainRunner(model)
+
+
+def measure(
+    model: Any, *, batch: int, context: int, new_tokens: int, repeats: int = 3, seed: int = 0, graphs: bool = True
+) -> dict[str, Any]:
+    """Time a prompt of `context` random tokens a row, then decoding.
+
+    Returns:
+        prefill_ms (of the prompt), ttft_ms (from token ids on the host to the first new one there), decode_ms (a step),
+        prefill_tokens_per_second, decode_tokens_per_second (all rows), cache_bytes, peak_bytes, graph, kernels.
+    """
+    import torch
+
+    runner, device = runner_of(model), model.device
+    generator = torch.Generator().manual_seed(seed)
+    host = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator)
+    reset_peak_memory()
+    with torch.inference_mode():
+        runner.start(batch, context + new_tokens + 8)
+        logits = runner.prefill(host.to(device))  # compiles
+        prefill = statistics.median(_seconds(lambda: runner.prefill(host.to(device)), device) for _ in range(repeats))
+        ttft = statistics.median(
+            _seconds(lambda: runner.prefill(host.to(device))[:, -1].argmax(-1).cpu(), device) for _ in range(repeats)
+        )
+        decode, graph = _decode_seconds(runner, logits[:, -1:].argmax(-1), new_tokens, graphs and device.type == "cuda")
+    return {
+        "batch": batch,
+        "context": context,
+        "new_tokens": new_tokens,
+        "prefill_ms": 1e3 * prefill,
+        "prefill_tokens_per_second": batch * context / prefill,
+        "ttft_ms": 1e3 * ttft,
+        "decode_ms": 1e3 * decode,
+        "decode_tokens_per_second": batch / decode,
+        "cache_bytes": runner.cache_bytes(),
+        "peak_bytes": peak_memory(),
+        "graph": graph,
+        "kernels": runner.kernels,
+    }
+
+
+def _seconds(call: Callable[[], Any], device: Any) -> float:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _decode_seconds(runner: Any, ids: Tensor, steps: int, graphs: bool) -> tuple[float, bool]:
+    """Seconds a step, over greedy decoding, and whether it ran as a CUDA graph."""
+    import torch
+
+    ids = ids.clone()
+
+    def step() -> None:
+        ids.copy_(runner.step(ids)[:, -1:].argmax(-1))
+
+    step()
+    step()
+    replay, graph = step, None
+    if graphs and getattr(runner, "fixed", True):
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                step()
+            replay = graph.replay
+        except RuntimeError:  # the model reads something on the host
+            graph = None
+        torch.cuda.synchronize()
+    replay()
+
+    def all_steps() -> None:
+        for _ in range(steps):
+            replay()
+
+    return _seconds(all_steps, ids.device) / steps, graph is not None

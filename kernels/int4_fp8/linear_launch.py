@@ -1,0 +1,239 @@
+"""Launchers of the Triton kernels of this folder's products: how a shape is cut, and scratch memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, group_sums, many_tokens, triton
+from kit.kernels.int4_fp8.packing import TILE, PackedInt4
+from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_rows, swiglu_rows
+from kit.kernels.int4_fp8.reference import FP8
+
+FEW = 8  # tokens up to which `few_tokens` runs, up to twice as many for weights of at most SMALL groups
+SMALL = 2**18
+MAX_WIDTH = 65536  # features of a token that a quantizing program holds
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+_counters: dict[tuple[int | None, int, int], Tensor] = {}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a product is cut.
+
+    Attributes:
+        rows: of W, a program.
+        tokens: columns of a product.
+        parts: products a program holds; 0 is the kernel for few tokens.
+        warps: of a program.
+        stages: of its pipeline.
+        splits: of K.
+        together: blocks of tokens that run next to each other.
+        descriptor: tokens are fetched by the copy engine.
+        lines: of 128 bytes of codes that a program asks for before the kernel before it has ended.
+    """
+
+    rows: int
+    tokens: int
+    parts: int
+    warps: int
+    stages: int
+    splits: int = 1
+    together: int = 2
+    descriptor: bool = False
+    lines: int = 0
+
+    @classmethod
+    def of(cls, tokens: int, outputs: int, groups: int) -> Cut:
+        """The cut for M tokens, N output features padded to tiles and G groups, as benchmarks/int4_fp8.py found it."""
+        if tokens <= FEW or (tokens <= 2 * FEW and outputs * groups <= SMALL):
+            splits = triton.cdiv(groups, 32)
+            lines = 128 if outputs // 16 * splits <= 4 * MULTIPROCESSORS else 0
+            return cls(16, 8 if tokens <= 8 else 16, 0, 4, 3, splits, lines=lines)
+        tiles = outputs // TILE
+        if tokens <= 32:
+            splits = min(max(2, _power_of_two(576 // tiles, groups // 4)), groups)
+            return cls(64, 32, 1, 4, 3, splits, descriptor=True)
+        if tokens <= 64:
+            splits = _power_of_two(400 // tiles, groups // 4)
+            return cls(64, 64, 1, 4, 3, splits, lines=256 if splits > 1 else 0)
+        if tokens <= 128 and outputs % 128 == 0 and outputs // 128 >= MULTIPROCESSORS:
+            return cls(128, 64, 2, 4, 3, descriptor=True)
+        # Two programs run on a multiprocessor at a time. One of 128 tokens takes 0.55 of the time of one of 256.
+        slots = 2 * MULTIPROCESSORS
+        single, double = (tiles * triton.cdiv(tokens, size) for size in (128, 256))
+        if single <= slots:
+            splits = min(_power_of_two(slots // single, groups // 4), 4)
+            if splits == 1:
+                return cls(64, 64, 2, 4, 4, descriptor=True)
+            return cls(64, 128, 1, 4, 3, splits, descriptor=True)
+        parts = 1 if 0.55 * triton.cdiv(single, slots) < triton.cdiv(double, slots) else 2
+        return cls(64, 128, parts, 4, 3, descriptor=True)
+
+
+def _power_of_two(wanted: int, most: int) -> int:
+    """The largest power of two that is not above either number nor 8, and at least 1."""
+    return 1 << min(max(min(wanted, most), 1).bit_length() - 1, 3)
+
+
+def counters_of(weight: PackedInt4, number: int) -> Tensor:
+    """Counters of a weight, zero between calls. The same weight must not run on two streams at a time."""
+    key = (weight.codes.device.index, weight.codes.data_ptr(), number)
+    if key not in _counters:
+        made = torch.zeros(number, dtype=torch.int32, device=weight.codes.device)
+        if made.is_cuda and torch.cuda.is_current_stream_capturing():
+            return made  # it lives in the graph, which also zeroes it
+        _counters[key] = made
+    return _counters[key]
+
+
+def linear(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedInt4,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    cut: Cut | None = None,
+) -> Tensor:
+    """Y (M, N) = x_scale · (x Wᵀ) + b of x (M, K) e4m3 and x_scale (M,) fp32; all contiguous, on one device."""
+    rows, inputs, outputs = *x.shape, weight.out_features
+    tiles, groups, _, half = weight.codes.shape
+    padded = tiles * TILE
+    cut = cut or Cut.of(rows, padded, groups)
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    plain = not x.is_cuda
+    sums, zeros = x_scale, weight.scales
+    if weight.zeros is not None:
+        zeros, sums = weight.zeros, torch.empty(rows, groups, dtype=torch.float32, device=x.device)
+        group_sums[(rows, triton.cdiv(groups, 32))](
+            x.view(torch.uint8),
+            sums,
+            inputs,
+            groups,
+            GROUP=2 * half,
+            BG=32,
+            PLAIN=plain,
+            num_warps=4,
+            launch_pdl=not plain,
+        )
+    step = cut.warps if not cut.parts else 1
+    each = triton.cdiv(triton.cdiv(groups, step), cut.splits) * step
+    splits = triton.cdiv(groups, each)
+    blocks = triton.cdiv(rows, cut.tokens * max(cut.parts, 1))
+    programs = padded // cut.rows * blocks
+    partial, counters = y, y
+    if splits > 1:
+        partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
+        counters = counters_of(weight, programs * max(cut.parts, 1))
+    options = {
+        "HAS_ZEROS": weight.zeros is not None,
+        "HAS_BIAS": bias is not None,
+        "EVEN": inputs == groups * 2 * half,
+        "SPLITS": splits,
+        "BM": cut.tokens,
+        "BN": cut.rows,
+        "HALF": half,
+        "STAGES": cut.stages,
+        "PLAIN": plain,
+        "LINES": cut.lines,
+        "num_warps": cut.warps,
+        "launch_pdl": not plain,
+    }
+    bias = y if bias is None else bias
+    grid = (programs, splits)
+    if not cut.parts:
+        few_tokens[grid](
+            x.view(torch.uint8), x_scale, weight.codes, weight.scales, zeros, sums, bias, partial, counters, y, rows,
+            inputs, outputs, padded, groups, each, STEP=step, **options,
+        )  # fmt: skip
+    else:
+        given: Any = x.view(torch.uint8) if plain else x
+        by_descriptor = cut.descriptor and not plain and inputs % 16 == x.data_ptr() % 16 == 0
+        if by_descriptor:
+            given = TensorDescriptor(x, [rows, inputs], [inputs, 1], [cut.tokens, 2 * half])
+        many_tokens[grid](
+            given, x_scale, weight.codes, weight.scales, zeros, sums, bias, partial,
+            counters, y, rows, inputs, outputs, padded, groups, each, blocks, PARTS=cut.parts, TOGETHER=cut.together,
+            DESCRIPTOR=by_descriptor, **options,
+        )  # fmt: skip
+    return y
+
+
+def expand(weight: PackedInt4) -> tuple[Tensor, Tensor]:
+    """The weight rounded to e4m3, (N, K), and a scale a row, (1, N)."""
+    tiles, groups, _, half = weight.codes.shape
+    device = weight.codes.device
+    out = torch.empty(weight.out_features, weight.in_features, dtype=FP8, device=device)
+    scale = torch.empty(1, weight.out_features, dtype=torch.float32, device=device)
+    has_zeros = weight.zeros is not None
+    expand_rows[(tiles, triton.cdiv(groups, 4))](
+        weight.codes, weight.scales, weight.zeros if has_zeros else weight.scales, out.view(torch.uint8), scale,
+        weight.in_features, weight.out_features, tiles * TILE, groups, HAS_ZEROS=has_zeros, HALF=half, BG=4, BN=TILE,
+        PLAIN=not out.is_cuda, num_warps=4, launch_pdl=out.is_cuda,
+    )  # fmt: skip
+    return out, scale
+
+
+def _shape(width: int, rows: int) -> tuple[int, int]:
+    """Block and warps of a program that holds a token's features; with few tokens it is all that one waits for."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // (256 if rows < MULTIPROCESSORS else 512), 1), 32 if rows < MULTIPROCESSORS else 16)
+
+
+def _made(rows: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.empty(rows, width, dtype=FP8, device=like.device)
+    return codes, torch.empty(rows, dtype=torch.float32, device=like.device)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_activations` of x (M, K), rows contiguous."""
+    codes, scale = _made(x.shape[0], x.shape[1], x)
+    block, warps = _shape(x.shape[1], x.shape[0])
+    quantize_rows[(x.shape[0],)](
+        x,
+        codes.view(torch.uint8),
+        scale,
+        x.stride(0),
+        x.shape[1],
+        BLOCK=block,
+        PLAIN=not x.is_cuda,
+        num_warps=warps,
+        launch_pdl=x.is_cuda,
+    )
+    return codes, scale
+
+
+def norm_quantize(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and x + residual (x itself without one) of x (M, K), contiguous as is residual."""
+    codes, scale = _made(x.shape[0], x.shape[1], x)
+    block, warps = _shape(x.shape[1], x.shape[0])
+    summed = x if residual is None else torch.empty_like(x)
+    norm_rows[(x.shape[0],)](
+        x, x if residual is None else residual, weight, summed, codes.view(torch.uint8), scale, eps, x.shape[1],
+        HAS_RESIDUAL=residual is not None, BLOCK=block, PLAIN=not x.is_cuda, num_warps=warps,
+        launch_pdl=x.is_cuda,
+    )  # fmt: skip
+    return codes, scale, summed
+
+
+def swiglu_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scale of SiLU(gate) · up; gate_up (M, 2 I), contiguous."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    codes, scale = _made(rows, width, gate_up)
+    block, warps = _shape(width, rows)
+    swiglu_rows[(rows,)](
+        gate_up,
+        codes.view(torch.uint8),
+        scale,
+        width,
+        BLOCK=block,
+        PLAIN=not gate_up.is_cuda,
+        num_warps=warps,
+        launch_pdl=gate_up.is_cuda,
+    )
+    return codes, scale

@@ -1,0 +1,542 @@
+"""A quantized model on the kernels of `kit.kernels.int4_fp8`: products fused, RMSNorm and SwiGLU with FP8 outputs, a
+static INT4 cache, and a step of decoding that is replayed as a CUDA graph.
+
+`enable_kernels` changes a model in place. `generate` (greedy, or sampling) then uses the cache of fixed size and the
+fast path; every other call runs the model's own forward pass, on the same packed weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kit.kernels.int4_fp8 import (
+    PackedInt4,
+    int4_fp8_linear,
+    prepack,
+    quantize_fp8,
+    rms_norm_quantize,
+    swiglu_quantize,
+    unpack_int4,
+)
+from kit.kernels.int4_fp8.attention import (
+    KVStore,
+    attend_more,
+    attend_prompt,
+    attend_step,
+    finish_step,
+    kernels,
+)
+from kit.kernels.int4_fp8.attention_reference import Heads
+from kit.kernels.int4_fp8.packing import TILE, kernel_group
+from kit.modules.quantized import AttentionQuantization, QuantizedLinear, rotation_signs
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length
+
+
+class KernelLinear(QuantizedLinear):
+    """An INT4 linear whose weight is packed for the kernels; a part of a fused weight, where it can share its memory.
+
+    Args:
+        linear: what it replaces.
+        packed: (N, K).
+    """
+
+    def __init__(self, linear: QuantizedLinear, packed: PackedInt4) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.fp8_inputs = self.quantize_inputs = self.int4 = True
+        self.packed, self.bias = packed, linear.bias
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, (N, K) fp32."""
+        return self.packed.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if self.quantize_inputs:
+            return int4_fp8_linear(x, self.packed, self.bias)
+        y = F.linear(x.float(), self.dequantize(), None if self.bias is None else self.bias.float())
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and format, for print(model)."""
+        return f"{self.in_features}, {self.out_features}, INT4 in groups of {self.packed.group}, inputs FP8, kernels"
+
+
+class Product:
+    """One or several linears of the same input as one product; they become `KernelLinear`s.
+
+    Args:
+        parent: the module that holds them.
+        names: in the order of the outputs.
+        exact: as for `int4_fp8_linear`.
+    """
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...], exact: bool) -> None:
+        self.exact = exact
+        linears: list[QuantizedLinear] = [getattr(parent, name) for name in names]
+        codes = torch.cat([unpack_int4(x.weight_packed, x.in_features) for x in linears])
+        scale = torch.cat([x.weight_scale for x in linears])
+        zeros = [
+            unpack_int4(x.weight_zero_point.T, x.out_features).T for x in linears if hasattr(x, "weight_zero_point")
+        ]
+        self.packed = prepack(codes, scale, torch.cat(zeros) if zeros else None)
+        biases = [x.bias for x in linears]
+        self.bias = None if all(b is None for b in biases) else torch.cat(
+            [torch.zeros_like(x.weight_scale[:, 0]) if b is None else b for x, b in zip(linears, biases, strict=True)]
+        )  # fmt: skip
+        first = 0
+        for name, linear in zip(names, linears, strict=True):
+            end = first + linear.out_features
+            part = self._part(first, end) if len(linears) > 1 else self.packed
+            if part is None:
+                zero = zeros[names.index(name)] if zeros else None
+                part = prepack(codes[first:end], linear.weight_scale, zero)
+            setattr(parent, name, KernelLinear(linear, part))
+            first = end
+
+    def _part(self, first: int, end: int) -> PackedInt4 | None:
+        """Some outputs, in the same memory but for the scales; None if they do not lie at whole tiles."""
+        if first % TILE or end % TILE:
+            return None
+        p = self.packed
+        zeros = None if p.zeros is None else p.zeros[:, first:end].contiguous()
+        codes = p.codes[first // TILE : end // TILE]
+        return PackedInt4(codes, p.scales[:, first:end].contiguous(), zeros, end - first, p.in_features)
+
+    def __call__(self, x: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """(..., K), quantized or not, -> (..., N) in `dtype`."""
+        return int4_fp8_linear(x, self.packed, self.bias, dtype, self.exact)
+
+
+class FusedLayer:
+    """One decoder layer: its four products, norms, and what its attention does to heads."""
+
+    def __init__(self, layer: Any, config: Any, exact: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_norm, self.post_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = Product(attention, ("q_proj", "k_proj", "v_proj"), exact)
+        self.o = Product(attention, ("o_proj",), exact)
+        self.gate_up = Product(mlp, ("gate_proj", "up_proj"), exact)
+        self.down = Product(mlp, ("down_proj",), exact)
+        self.scale = float(attention.scaling)
+        self.sliding = sliding_window(attention, config)
+        dim, q_norm = attention.head_dim, getattr(attention, "q_norm", None)
+        quantization: AttentionQuantization | None = getattr(attention, "quantization", None)
+        dtype, device = layer.input_layernorm.weight.dtype, layer.input_layernorm.weight.device
+        options: dict[str, Any] = {"query_fp8": False}
+        if quantization is not None:
+            signs = rotation_signs(dim, device).to(dtype) if quantization.rotate else None
+            options = {
+                "key_mean": quantization.key_mean,
+                "key_scale": quantization.key_scale,
+                "signs": signs,
+                "query_fp8": quantization.query_fp8,
+            }
+        if q_norm is not None:
+            options |= {"q_norm": q_norm.weight, "k_norm": attention.k_norm.weight, "eps": q_norm.variance_epsilon}
+        self.heads = Heads(config.num_attention_heads, config.num_key_value_heads, dim, **options)
+
+    def __call__(self, x: Tensor, h: Tensor | None, attend: Any) -> tuple[Tensor, Tensor]:
+        """Ten launches a step: a layer's output comes as two addends, so that the next norm adds them.
+
+        Args:
+            x: (B, T, hidden), the last product.
+            h: (B, T, hidden), the residual stream before it, or None.
+            attend: (B, T, (H + 2G)·D) and this layer -> (B, T, H·D).
+
+        Returns:
+            The same two for the next layer.
+        """
+        norm = self.input_norm
+        if h is None:
+            codes, scale = rms_norm_quantize(x, norm.weight, norm.variance_epsilon)  # type: ignore[misc]
+            h = x
+        else:
+            codes, scale, h = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, h)  # type: ignore[misc]
+        attended = attend(self.qkv((codes, scale), x.dtype), self)
+        x = self.o(quantize_fp8(attended), x.dtype)
+        norm = self.post_norm
+        codes, scale, h = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, h)  # type: ignore[misc]
+        return self.down(swiglu_quantize(self.gate_up((codes, scale), x.dtype)), x.dtype), h
+
+
+class FusedCache(Cache):
+    """The cache that `generate` hands around: a `KVStore` of fixed size, or, where the fast path cannot go on, the
+    model's usual cache in `delegate`.
+
+    Args:
+        capacity: tokens.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.room, self.length = capacity, 0
+        self.store: KVStore | None = None
+        self.graph: DecodeGraph | None = None
+        self.delegate: Cache | None = None
+        self.warm = False  # whether a step has run, and compiled its kernels
+
+    @property
+    def is_compileable(self) -> bool:
+        """No: transformers would make 4-D masks, which nothing here reads."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far."""
+        return self.length if self.delegate is None else self.delegate.get_seq_length(layer_idx)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Tokens there is room for."""
+        return self.room
+
+    get_max_length = get_max_cache_shape
+
+    def reset(self) -> None:
+        """Forget all tokens; memory and graph stay."""
+        self.length, self.delegate = 0, None
+        if self.store is not None:
+            self.store.reset()
+
+    def crop(self, *args: Any) -> None:
+        """Not possible: what has left the window of recent keys is rounded, and the window has moved on."""
+        if self.delegate is None:
+            raise ValueError(
+                "the static INT4 cache cannot take tokens back\n"
+                "  where: assisted decoding, or Cache.crop\n"
+                "  next:  pass a transformers.DynamicCache"
+            )
+        self.delegate.crop(*args)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Only of the usual cache: beam search gets one."""
+        if self.delegate is None:
+            raise ValueError(
+                "the static INT4 cache cannot reorder rows\n"
+                "  where: Cache.reorder_cache\n"
+                "  next:  pass a transformers.DynamicCache"
+            )
+        self.delegate.reorder_cache(beam_idx)
+
+
+class DecodeGraph:
+    """One step of decoding as a CUDA graph; it works on the cache it was captured with."""
+
+    def __init__(self, fused: FusedModel, store: KVStore, ids: Tensor) -> None:
+        self.ids = ids.clone()
+        self.held = fused.angles(store.capacity)  # which the model may replace by longer ones
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = fused.step(self.ids, store)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, 1) -> logits (B, 1, V)."""
+        self.ids.copy_(ids)
+        self.graph.replay()
+        return self.logits.clone()
+
+
+class FusedModel:
+    """The fast path of a model: `prompt` and `step` on a `KVStore`.
+
+    Args:
+        model: a causal language model of one of FAMILIES; its linears are repacked.
+        backend: of attention: "triton" or "reference".
+        exact: of products, as for `int4_fp8_linear`.
+    """
+
+    def __init__(self, model: Any, backend: str, exact: bool = True) -> None:
+        self.model, self.backend = model, backend
+        config = self.config = model.config.get_text_config(decoder=True)
+        self.layers = [FusedLayer(layer, config, exact) for layer in model.model.layers]
+        quantizations = [getattr(layer.self_attn, "quantization", None) for layer in model.model.layers]
+        first: AttentionQuantization | None = quantizations[0]
+        self.int4, self.symmetric = first is not None and first.kv is not None, first is not None and first.symmetric
+        self.window = first.window if first is not None else 0
+        self.order = self.factor = None
+        if self.int4 and first is not None and first.key_order is not None:
+            self.order, self.factor = (
+                torch.stack(
+                    [torch.stack([getattr(q, f"key_{name}"), getattr(q, f"value_{name}")]) for q in quantizations]
+                )
+                for name in ("order", "factor")
+            )
+        self.graphs = model.device.type == "cuda"
+        self._angles: tuple[Tensor, Tensor] | None = None
+
+    def empty_store(self, batch: int, capacity: int) -> KVStore:
+        """A cache for `batch` rows of `capacity` tokens."""
+        heads, norm = self.layers[0].heads, self.layers[0].input_norm.weight
+        return KVStore.empty(
+            len(self.layers), batch, capacity, heads.kv_heads, heads.dim, int4=self.int4, window=self.window,
+            symmetric=self.symmetric, order=self.order, factor=self.factor, dtype=norm.dtype, device=norm.device,
+        )  # fmt: skip
+
+    def angles(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of RoPE, (positions, D / 2), for at least so many positions."""
+        if self._angles is None or self._angles[0].shape[0] < capacity:
+            weight = self.layers[0].input_norm.weight
+            positions = torch.arange(-(-capacity // 1024) * 1024, device=weight.device)[None]
+            cos, sin = self.model.model.rotary_emb(weight[None, None], position_ids=positions)
+            half = cos.shape[-1] // 2
+            self._angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        return self._angles
+
+    def _logits(self, x: Tensor, h: Tensor) -> Tensor:
+        norm = self.model.model.norm
+        return self.model.lm_head(F.rms_norm(x + h, norm.weight.shape, norm.weight, norm.variance_epsilon))
+
+    def _run(self, x: Tensor, store: KVStore, attention: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        cos, sin = self.angles(store.capacity)
+        h: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+
+            def attend(qkv: Tensor, layer: FusedLayer, index: int = index) -> Tensor:
+                return attention(
+                    qkv, cos, sin, layer.heads, store, index, scale=layer.scale, sliding=layer.sliding, **options
+                )
+
+            x, h = layer(x, h, attend)
+        assert h is not None
+        return x, h
+
+    def step(self, ids: Tensor, store: KVStore) -> Tensor:
+        """One token a row, (B, 1) -> logits (B, 1, V). Nothing is read on the host."""
+        x, h = self._run(self.model.model.embed_tokens(ids), store, attend_step, backend=self.backend)
+        finish_step(store, self.backend)
+        return self._logits(x, h)
+
+    def prompt(self, embedded: Tensor, store: KVStore, keep: int | Tensor = 1) -> Tensor:
+        """T tokens a row of an empty cache, (B, T, hidden) -> logits of the last `keep` (0: all) or given places."""
+        return self._several(embedded, store, keep, attend_prompt, backend=self.backend)
+
+    def more(self, embedded: Tensor, store: KVStore, keep: int | Tensor = 1) -> Tensor:
+        """As `prompt`, on a cache that holds tokens; attention is PyTorch's."""
+        return self._several(embedded, store, keep, attend_more)
+
+    def _several(self, embedded: Tensor, store: KVStore, keep: int | Tensor, attention: Any, **options: Any) -> Tensor:
+        x, h = self._run(embedded, store, attention, **options)
+        store.length.add_(embedded.shape[1])
+        places = (
+            slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep
+        )
+        return self._logits(x[:, places], h[:, places])
+
+    def forward(self, cache: FusedCache, arguments: dict[str, Any]) -> Tensor | None:
+        """Logits of a call of the model with a `FusedCache`, or None if its `delegate` has to take it.
+
+        Args:
+            arguments: of the model's forward pass, without the cache.
+        """
+        ids, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        given: Any = ids if embedded is None else embedded
+        if cache.delegate is not None:
+            return None
+        if cache.length == 0:
+            start = left_padding(arguments.get("attention_mask"), given)
+            if start is None or not counted_from(start, arguments.get("position_ids"), given.shape[1]):
+                return None
+            outputs = ("output_attentions", "output_hidden_states")
+            wanted = [bool(arguments.get(x) or getattr(self.config, x, None)) for x in outputs]
+            wanted.append(arguments.get("labels") is not None)
+            if any(wanted) or self._switched_off() or torch.is_grad_enabled():
+                return None
+            if cache.store is None or len(cache.store.start) != len(given):
+                cache.store, cache.graph, cache.warm = self.empty_store(len(given), cache.room), None, False
+            cache.store.start.copy_(start)
+            cache.store.padded = bool(start.any())
+        store = cache.store
+        assert store is not None
+        if cache.length + given.shape[1] > store.capacity:
+            raise ValueError(
+                f"the cache has room for {store.capacity} tokens, and {cache.length + given.shape[1]} are given\n"
+                "  where: FusedCache\n"
+                "  next:  make it larger"
+            )
+        past, cache.length = cache.length, cache.length + given.shape[1]
+        if past and given.shape[1] == 1 and embedded is None:
+            return self._replay(given, cache, store)
+        keep = arguments.get("logits_to_keep", 0)
+        embedded = self.model.model.embed_tokens(ids) if embedded is None else embedded
+        return (self.more if past else self.prompt)(embedded, store, keep)
+
+    def _replay(self, ids: Tensor, cache: FusedCache, store: KVStore) -> Tensor:
+        """A step; the first of a cache runs as it is, the second is captured."""
+        if not self.graphs:
+            return self.step(ids, store)
+        if cache.graph is None and cache.warm:
+            cache.graph = DecodeGraph(self, store, ids)
+        cache.warm = True
+        return self.step(ids, store) if cache.graph is None else cache.graph(ids)
+
+    def _switched_off(self) -> bool:
+        """Whether some rounding is (`quantized.switched_off`)."""
+        for layer in self.model.model.layers:
+            quantization = getattr(layer.self_attn, "quantization", None)
+            if quantization is not None and not (quantization.quantize_kv and quantization.quantize_query):
+                return True
+            if not layer.mlp.down_proj.quantize_inputs:
+                return True
+        return False
+
+
+def packed_tensors(model: Any) -> list[Tensor]:
+    """The packed weights of a model on the kernels; none of another model."""
+    layers = [] if getattr(model, "fused", None) is None else model.fused.layers
+    packed = [product.packed for x in layers for product in (x.qkv, x.o, x.gate_up, x.down)]
+    return [tensor for p in packed for tensor in (p.codes, p.scales, p.zeros) if tensor is not None]
+
+
+def left_padding(mask: Tensor | None, given: Tensor) -> Tensor | None:
+    """Padded tokens at the start of each row, (B,) int32; None if a mask says anything else, or hides a whole row.
+
+    Args:
+        mask: (B, T) of ones and zeros, or None.
+        given: (B, T, ...).
+    """
+    if mask is None:
+        return torch.zeros(len(given), dtype=torch.int32, device=given.device)
+    if mask.shape != given.shape[:2]:
+        return None
+    kept = mask.bool()
+    start = (~kept).sum(1)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    in_order = (kept == (places >= start[:, None])).all() & kept.any(1).all()
+    return start.to(torch.int32) if bool(in_order) else None
+
+
+def counted_from(start: Tensor, position_ids: Tensor | None, tokens: int) -> bool:
+    """Whether given positions are those that count from each row's first token."""
+    if position_ids is None:
+        return True
+    counted = torch.arange(tokens, device=start.device) - start[:, None]
+    return bool(((counted < 0) | (counted == position_ids)).all())
+
+
+def sliding_window(attention: Any, config: Any) -> int | None:
+    """Keys that queries of an attention layer see, or None."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return config.sliding_window if config.model_type.endswith("mistral") else None
+
+
+def enable_kernels(model: Any, backend: str | None = None, *, exact: bool = True) -> Any:
+    """Put a quantized model (W4AFP8, as `kit quantize --int4-fp8` writes it) on the kernels, in place.
+
+    Call it when the model is where it stays. Where the kernels cannot run (no Hopper GPU, another family or format),
+    the model is left as it is, which computes the same from dequantized weights, and one warning says why.
+
+    Args:
+        model: of `kit.load`, or a `quantize_modules` model.
+        backend: None to choose; "triton" or "reference" insist, on attention in Triton or in PyTorch.
+        exact: False rounds weights to FP8 for prompts of 1,024 tokens on (`int4_fp8_linear`): faster, less accurate.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if `backend` insists and cannot be had.
+    """
+    if getattr(model, "fused", None) is not None:
+        return model
+    reason = unsupported(model, backend)
+    if reason is not None:
+        if backend is not None:
+            raise ValueError(reason)
+        _warn_once(reason)
+        return model
+    with torch.no_grad():
+        model.fused = FusedModel(model, backend or "triton", exact)
+    own, name = model.forward, _cache_name(model)
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(name)
+        if not isinstance(cache, FusedCache) or args[1:]:
+            return own(*args, **kwargs)
+        arguments = {**({"input_ids": args[0]} if args else {}), **kwargs}
+        logits = model.fused.forward(cache, arguments)
+        if logits is not None:
+            return CausalLMOutputWithPast(logits=logits, **{name: cache})
+        if cache.delegate is None:
+            cache.delegate = DynamicCache(config=model.fused.config)
+        out = own(*args, **{**kwargs, name: cache.delegate})
+        out[name] = cache
+        return out
+
+    prepare = model._prepare_cache_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_cache(config: Any, kwargs: dict[str, Any], mode: Any, batch: int, length: int, *more: Any) -> Any:
+        simple = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        free = kwargs.get(name) is None and config.use_cache is not False and config.cache_implementation is None
+        if not (simple and free):
+            return prepare(config, kwargs, mode, batch, length, *more)
+        kwargs[name] = FusedCache(length)
+        return None
+
+    model.forward, model._prepare_cache_for_generation = forward, prepare_cache
+    return model
+
+
+def _cache_name(model: Any) -> str:
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"{reason}; weights are dequantized for every product instead", stacklevel=3)
+
+
+def unsupported(model: Any, backend: str | None = None) -> str | None:
+    """Why a model cannot be put on the kernels; None if it can."""
+    config = model.config.get_text_config(decoder=True)
+    family = config.model_type.removeprefix("kit_quantized_")
+    if family not in FAMILIES:
+        return f"the INT4-FP8 kernels run {', '.join(FAMILIES)}, not {family}"
+    linears = {name: module for name, module in model.model.layers.named_modules() if name.endswith("_proj")}
+    for name, module in linears.items():
+        taken = isinstance(module, QuantizedLinear) and module.int4 and module.fp8_inputs and not module.table
+        if not taken:
+            found = f"{type(module).__name__}({module.extra_repr()})"
+            return f"the INT4-FP8 kernels take W4AFP8 linears, and model.layers.{name} is {found}"
+        groups = module.weight_scale.shape[1]
+        if kernel_group(module.in_features, groups) is None:
+            size = module.in_features // groups
+            return (
+                f"the INT4-FP8 kernels take groups of 32, 64, 128 or a row, and those of model.layers.{name} are {size}"
+            )
+    for layer in model.model.layers:
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            of = layer.self_attn if "q_proj" in names else layer.mlp
+            parts = [getattr(of, name) for name in names]
+            if len({(x.weight_scale.shape[1], hasattr(x, "weight_zero_point")) for x in parts}) > 1:
+                return f"the INT4-FP8 kernels take one format for {', '.join(names)}"
+    if config.hidden_act != "silu":
+        return f"the INT4-FP8 kernels take silu, not {config.hidden_act}"
+    rope = config.rope_parameters or {}
+    if rope.get("rope_type", "default") not in FIXED_ROPE or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return f"the INT4-FP8 kernels take RoPE of the kinds {', '.join(FIXED_ROPE)}, on whole heads, not {rope}"
+    if backend == "reference":
+        return None
+    if kernels() is None:
+        return "the INT4-FP8 kernels need Triton, which is not installed"
+    if backend == "triton":
+        return None
+    device = model.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return f"the INT4-FP8 kernels need a Hopper GPU, and the model is on {device}"
+    weight, attention = model.model.norm.weight, model.model.layers[0].self_attn
+    heads = Heads(config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
+    return kernels().unsupported(heads, weight.dtype)  # type: ignore[union-attr]

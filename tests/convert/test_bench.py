@@ -1,0 +1,151 @@
+"""`kit bench`: what it measures of tiny models, random ones included, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kit.cli import app
+from kit.convert.bench import bench, plot_bench, table_lines, weight_bytes
+from kit.convert.errors import KitError
+from kit.convert.shapes import LINEARS, random_model, shape_config, skeleton
+from kit.convert.speed import FusedRunner, PlainRunner, measure, runner_of
+from kit.modules.accelerated import enable_kernels
+from kit.modules.quantized import QuantizedLinear
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SHAPES = ("llama-2-7b", "llama-3-8b", "llama-3.2-1b", "mistral-7b", "qwen3-8b")
+
+
+def tiny(int4, dtype=torch.float32, **change):
+    return random_model(TINY | change, int4=int4, dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shipped_shapes_are_configs_of_models_whose_linears_can_be_packed(name):
+    config = shape_config(name)
+    model = skeleton(config | {"num_hidden_layers": 1}, int4=True, dtype=torch.bfloat16)
+    linears = {n for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert linears == {f"model.layers.0.{n}" for n in LINEARS}
+    assert model.model.layers[0].mlp.down_proj.in_features == config["intermediate_size"]
+
+
+def test_an_unknown_shape_names_those_that_there_are():
+    with pytest.raises(KitError, match="llama-3-8b") as error:
+        shape_config("llama-9")
+    assert error.value.exit_code == 2
+
+
+def test_random_models_have_finite_logits_that_depend_on_the_seed():
+    ids = torch.arange(4, 20)[None]
+    for int4 in (True, False):
+        logits = [
+            random_model(TINY, int4=int4, dtype=torch.float32, device="cpu", seed=seed)(ids).logits
+            for seed in (0, 0, 1)
+        ]
+        assert logits[0].isfinite().all()
+        assert logits[0].std() > 1e-3
+        assert torch.equal(logits[0], logits[1])
+        assert not torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_runners_decode_what_the_whole_sequence_gives(fused):
+    model = tiny(True)
+    ids = torch.randint(4, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        want = model(ids).logits
+        if fused:
+            enable_kernels(model, "reference")
+        runner = runner_of(model)
+        assert isinstance(runner, FusedRunner if fused else PlainRunner)
+        runner.start(2, 20)
+        got = [runner.prefill(ids[:, :9])[:, -1], *(runner.step(ids[:, i : i + 1])[:, -1] for i in (9, 10, 11))]
+    torch.testing.assert_close(torch.stack(got, 1), want[:, 8:], atol=1e-4, rtol=1e-4)
+
+
+def test_a_measurement_has_times_that_agree_and_the_bytes_of_the_cache():
+    model = enable_kernels(tiny(True), "reference")
+    row = measure(model, batch=2, context=100, new_tokens=3, repeats=1)
+    assert row["prefill_tokens_per_second"] == pytest.approx(200 / row["prefill_ms"] * 1e3)
+    assert row["decode_tokens_per_second"] == pytest.approx(2 / row["decode_ms"] * 1e3)
+    assert row["kernels"]
+    assert not row["graph"]
+    assert row["peak_bytes"] > 0
+    heads = 2 * 2 * 2 * 2  # layers, keys and values, rows, heads
+    coded = heads * 128 * (32 + 4)  # 111 tokens need 128 places
+    assert row["cache_bytes"] == coded + heads * 128 * 64 * 4  # the window holds them all, in fp32
+
+
+def test_weight_bytes_of_packed_models_are_those_of_four_bits_and_scales():
+    model = tiny(True, torch.bfloat16)
+    linears = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
+    others = 2 * (2 * 96 * 128 + 5 * 128)
+    stored = linears // 2 + 2 * linears // 64 + others  # the largest groups that divide 128, 192 and 256
+    quantization = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if ".quantization." in n)
+    shapes = 16 * 14
+    assert weight_bytes(model) == stored + quantization + shapes
+    enable_kernels(model, "reference")  # q, k, v and gate, up also keep scales of their own
+    assert stored + quantization <= weight_bytes(model) <= stored + quantization + 2 * linears // 64
+
+
+def test_the_command_writes_a_table_a_file_and_a_plot(make_model, tmp_path):
+    model, out = make_model(), tmp_path / "out"
+    sizes = ["--batch-size", "1,2", "--context", "16,8", "--new-tokens", "2", "--repeats", "1"]
+    result = CliRunner().invoke(app, ["bench", str(model), "--base", str(model), *sizes, "-o", str(out), "-q"])
+    assert result.exit_code == 0, result.output
+    assert "decode tokens/s" in result.stdout
+    assert "x)" in result.stdout
+    written = json.loads((out / "bench.json").read_text())
+    of = [(row["name"], row["batch"], row["context"]) for row in written["rows"]]
+    assert of == [(name, b, c) for name in (str(model), "base") for b in (1, 2) for c in (8, 16)]
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_config_measures_random_weights_beside_sixteen_bits(tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY))
+    options = ["--config", str(file), "--base", "16bit", "--context", "8", "--new-tokens", "2", "--repeats", "1"]
+    result = CliRunner().invoke(app, ["bench", *options, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [row["name"] for row in found["rows"]] == ["tiny", "base"]
+    assert found["rows"][0]["weight_bytes"] < found["rows"][1]["weight_bytes"]
+    assert found["settings"]["random_weights"]
+
+
+def test_options_that_do_not_fit_together_are_refused_before_anything_loads():
+    sizes = {"batches": [1], "contexts": [8], "new_tokens": 2, "repeats": 1, "dtype": "auto", "device": "cpu"}
+    for model, base, config in ((None, None, None), ("x", None, "llama-3-8b"), (None, "x", "llama-3-8b")):
+        with pytest.raises(KitError) as error:
+            bench(model, base=base, config=config, **sizes)
+        assert error.value.exit_code == 2
+    with pytest.raises(KitError, match="at least 1"):
+        bench("x", base=None, config=None, **sizes | {"contexts": [0]})
+
+
+def test_gains_are_how_often_the_base_takes_longer_and_errors_stand_in_the_table(tmp_path):
+    row = {"batch": 1, "context": 8, "prefill_ms": 2.0, "decode_tokens_per_second": 30.0}
+    rows = [row | {"name": "new"}, row | {"name": "base", "prefill_ms": 3.0, "decode_tokens_per_second": 10.0}]
+    rows.append({"name": "new", "batch": 9, "context": 8, "error": "out of memory"})
+    header, lines = table_lines(rows)
+    assert lines[0][header.index("prefill ms")] == "2.0 (1.50x)"
+    assert lines[0][header.index("decode tokens/s")] == "30.0 (3.00x)"
+    assert lines[1][header.index("decode tokens/s")] == "10.0"
+    assert lines[2][header.index("prefill ms")] == "out of memory"
+    rows = [r | {"prefill_tokens_per_second": 5.0} for r in rows]
+    plot_bench({"rows": rows, "settings": {"device": "CPU"}}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
