@@ -63,12 +63,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-def _with_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _with_options_of(
+    other: Callable[..., Any], without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of `other` that it has not itself; they arrive in its `**options`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         keyword = inspect.Parameter.KEYWORD_ONLY
-        shared = inspect.signature(other, eval_str=True).parameters
+        shared = {k: p for k, p in inspect.signature(other, eval_str=True).parameters.items() if k not in without}
         own = inspect.signature(command, eval_str=True).parameters
         named = {k: p for k, p in (shared | own).items() if p.kind not in (p.POSITIONAL_ONLY, p.VAR_KEYWORD)}
         signature = inspect.Signature([p.replace(kind=keyword) for p in named.values()])
@@ -103,10 +105,20 @@ def convert(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", help="Rows an update, in every stage.", show_default=False)
     ] = None,
+    keep_full: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that a linearizing recipe leaves alone: 25% (the most sensitive), 1/4, or [0,7].",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(show_default=False, help="Seed of data and training.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the result: auto, bfloat16, float16, float32.")] = "auto",
     device: Device = "auto",
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens of the before/after table; 0: none.")] = 4096,
+    activations: Annotated[
+        str, typer.Option(help="Where hidden states live: memory, disk, or auto (by their size).")
+    ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -125,8 +137,9 @@ def convert(
     _run_recipe(
         model,
         recipe,
-        [*_settings(data), *(set_ or [])],
+        [*_settings(data | {"keep_full": keep_full}), *(set_ or [])],
         batch_size=batch_size,
+        activations=activations,
         output=output,
         dtype=dtype,
         device=device,
@@ -370,6 +383,7 @@ def _run_recipe(
     quiet: bool,
     verbose: bool,
     batch_size: int | None = None,
+    activations: str = "auto",
 ) -> None:
     """Plan, convert, print: what `convert` and its fronts share."""
     from kit.convert.checkpoint import open_checkpoint
@@ -391,6 +405,7 @@ def _run_recipe(
         overwrite=overwrite,
         max_shard_size=parse_size(max_shard_size),
         eval_tokens=eval_tokens,
+        activations=activations,
         command=_command_line(),
     )
     items = plan(checkpoint, recipes, options)
@@ -649,6 +664,52 @@ def compare(
     result = _measure(run, open_or_read, models=models, output=output, **options)
     _print_json(result) if options["json_"] else _print_comparison(result)
     write_comparison(result, plot, output)
+
+
+@app.command()
+@_with_options_of(
+    _measure,
+    without=("models", "ablations", "speed", "generations", "retention", "covariance", "dense_prefix"),
+)
+def ablate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A linearized checkpoint.", show_default=False)],
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window of --dataset; else 4 times the training rows.", show_default=False),
+    ] = None,
+    recall: Annotated[
+        str, typer.Option(metavar="N,N", help="Recall from contexts of so many tokens; 0: none.")
+    ] = "1024,2048,4096,8192",
+    plot: Annotated[Path | None, typer.Option(help="PNG file of the plot.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for ablate.json, .md, .png and what eval writes.", show_default=False
+        ),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Say whether a linearized model's linear branch carries weight: beside its parts and training-free windows."""
+    from kit.convert.ablate import ablate as run
+    from kit.convert.ablation_table import notes, rich_table, write_ablation
+    from kit.convert.checkpoint import open_checkpoint
+    from kit.convert.compare import check_files
+    from kit.convert.report import settings_line
+
+    def open_model(name: str, *, base: str | None, trust_remote_code: bool) -> Any:
+        return open_checkpoint(name, trust_remote_code=trust_remote_code)
+
+    check_files(plot, output)
+    options |= {"models": [model], "seq_len": seq_len, "recall": recall, "output": output}
+    result = _measure(run, open_model, **options)
+    if options["json_"]:
+        _print_json(result)
+    else:
+        console = _console()
+        console.print(rich_table(result))
+        for line in (settings_line(result["settings"]), *notes(result)):
+            console.print(line, highlight=False, markup=False)
+    write_ablation(result, plot, output)
 
 
 @app.command("report")
@@ -1075,7 +1136,8 @@ def _fail(error: BaseException) -> None:
 def _interrupted() -> None:
     command = _command_line()
     started = any(name in sys.argv[1:] for name in ("adapt", "augment", "convert", "quantize", "sparsify"))
-    started = started or ("eval" in sys.argv[1:] and any(a.startswith(("-o", "--output")) for a in sys.argv[1:]))
+    measured = {"eval", "ablate"} & {*sys.argv[1:]}
+    started = started or bool(measured and any(a.startswith(("-o", "--output")) for a in sys.argv[1:]))
     if started and "--resume" not in command:
         command += " --resume"
     print(f"interrupted: finished steps are kept\n  where: {Path.cwd()}\n  next:  {command}", file=sys.stderr)

@@ -6,7 +6,7 @@ import hashlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from kit.convert.recall import RecallTest, measure_recall, recall_test
 from kit.convert.retention import RetentionOptions, RetentionTest, check_base, measure_leaks, measure_retention
 from kit.convert.retention import retention_test as read_retention_test
 from kit.convert.task_data import TaskOptions
+from kit.convert.windowed import window_name, windowed
 from kit.modules.sparsity import counted, skipped_weights, token_window
 
 ROW_LENGTH = 512  # tokens of a held-out row sampled from the base model
@@ -62,6 +63,7 @@ def evaluate(
     dtype: str = "auto",
     device: str = "cpu",
     ablations: bool = False,
+    windows: Sequence[tuple[int, int]] = (),
     speed: bool = True,
     tasks: TaskOptions | None = None,
     output: Path | None = None,
@@ -89,6 +91,7 @@ def evaluate(
         dtype: compute dtype; "auto" is the checkpoint's.
         device: where to run.
         ablations: also measure the first model with parts of what it does taken away.
+        windows: also measure the base behind these training-free windows: keys in all, and how many of them are sinks.
         speed: also time prefill and decode.
         tasks: tasks of lm-evaluation-harness to score.
         output: folder for results.json and the samples of the tasks, written as they finish.
@@ -205,11 +208,12 @@ def evaluate(
                 text.retention.base_log_probs = _scratch_tensor(
                     Path(scratch) / "preserve", text.retention.preserve.numel(), model.config.vocab_size
                 )
-            for variant, context in _variants(model, ablations and checkpoint is next(iter(models.values()), None)):
+            ablated = ablations and checkpoint is next(iter(models.values()), None)
+            for variant, context in _variants(model, ablated, windows if is_base else ()):
                 label = f"{name}, {variant}" if variant else name
                 with context:
                     with token_window(model, dense_prefix):
-                        row = {"name": label, **_quality(model, text, is_base, progress, label)}
+                        row = {"name": label, **_quality(model, text, is_base and not variant, progress, label)}
                         row |= _recall_and_generations(model, tokenizer, text, progress, label)
                         if text.retention is not None:
                             found = measure_retention(label, model, tokenizer, text.retention, is_base, progress)
@@ -230,10 +234,14 @@ def evaluate(
     return result
 
 
-def _variants(model: Any, ablations: bool) -> Iterator[tuple[str, AbstractContextManager]]:
+def _variants(
+    model: Any, ablations: bool, windows: Sequence[tuple[int, int]]
+) -> Iterator[tuple[str, AbstractContextManager]]:
     from kit.modules import linear_attention, quantized
 
     yield "", nullcontext()
+    for window, sinks in windows:
+        yield window_name(window, sinks), windowed(model, window, sinks)
     if ablations and getattr(model.config, "linear_attention", None):
         for name, weights in linear_attention.ABLATIONS.items():
             yield name, linear_attention.branch_weights(model, *weights)

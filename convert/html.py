@@ -456,17 +456,27 @@ def _dropped(measurements: list[Node], styles: dict[str, int]) -> Iterator[Panel
 
 
 def _loss_curves(report: Node) -> Iterator[LineChart]:
-    """The losses of each train stage."""
+    """The losses of each stage that trains; of one that trains layers, those of the first, middle and last layer."""
     for stage, entries in stages.items() if (stages := report.get("stages")) else ():
-        for entry in entries:
+        curves = []
+        for index, entry in enumerate(entries):
             losses = entry.get("losses")
             points = [(float(step), node) for step, node in enumerate(losses or (), 1) if node.is_number]
-            if not losses or len(points) < 2:
-                continue
-            title = _stage_title(stage)
-            chart = line_chart(title, "update", "loss", [(title, 1, points, losses.at)], lambda x: f"update {x:.0f}")
+            if losses and len(points) > 1:
+                curves.append((f"layer {index}", points, losses.at))
+        if not curves:
+            continue
+        title, several = _stage_title(stage), len(curves) > 1
+        shown = sorted({0, len(curves) // 2, len(curves) - 1})
+        series: list[tuple[Text | str, int, list[tuple[float, Node]], str]] = [
+            (name if several else title, style, points, at)
+            for style, (name, points, at) in enumerate((curves[place] for place in shown), 1)
+        ]
+        chart = line_chart(title, "update", "loss", series, lambda x: f"update {x:.0f}")
+        if not several:
+            points = curves[0][1]
             chart.first_last = figure(points[0][1], general), figure(points[-1][1], general)
-            yield chart
+        yield chart
 
 
 def _stage_title(stage: str) -> str:

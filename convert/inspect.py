@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import KitError
 from kit.convert.recipe import ModelFacts, Recipe
+from kit.families import config_value
 
 if TYPE_CHECKING:
     from kit.convert.stats import ModelStats
 
-PARTS = {"attention": (".self_attn.", ".attention."), "mlp": (".mlp.", ".feed_forward."), "norm": ("norm.",)}
+PARTS = {"attention": (".self_attn.", ".attention.", ".attn."), "mlp": (".mlp.", ".feed_forward."), "norm": ("norm.",)}
 
 
 def inspect(checkpoint: Checkpoint, recipes: list[Recipe]) -> dict[str, Any]:
@@ -38,12 +39,12 @@ def inspect(checkpoint: Checkpoint, recipes: list[Recipe]) -> dict[str, Any]:
         "model_type": facts.model_type,
         "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
         "layers": facts.num_layers,
-        "hidden_size": checkpoint.config["hidden_size"],
+        "hidden_size": facts.hidden_size,
         "query_heads": heads,
         "key_value_heads": kv_heads,
         "head_dim": head_dim,
         "vocabulary": checkpoint.config["vocab_size"],
-        "context": checkpoint.config.get("max_position_embeddings"),
+        "context": config_value(checkpoint.config, "max_position_embeddings"),
         "parameters": checkpoint.num_parameters,
         "parameters_by_part": parts,
         "parameters_by_dtype": dtypes,
@@ -91,19 +92,26 @@ def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:
     window, linear = config.get("sliding_window"), config.get("linear_attention")
     latest = (quantization.get("kit") or {}).get("window") or 0  # tokens kept in 16 bits beside the packed cache
     found = {"per_token": 0, "constant": 2 * kv_heads * head_dim * bytes_each * max(latest - 1, 0) * facts.num_layers}
-    for kind in config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * facts.num_layers:
+    kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * facts.num_layers
+    if not config.get("layer_types") and any(sliding := facts.family.sliding_layers(config)):
+        kinds = ["sliding_attention" if own else "full_attention" for own in sliding]
+    mixers = (linear or {}).get("mixers") or ["hybrid"] * len(kinds)
+    for kind, mixer in zip(kinds, mixers, strict=True):
         if kind == "full_attention" or not window:
             found["per_token"] += keys_and_values
         else:
             found["constant"] += keys_and_values * (window - 1)
         if kind == "hybrid_sliding" and linear:
-            state_heads = kv_heads if linear["feature_map_heads"] == "kv" else heads
-            found["constant"] += state_heads * 2 * linear["feature_dim"] * (head_dim + 1) * 4
+            if mixer != "linear":
+                found["constant"] += 2 * kv_heads * linear.get("num_sinks", 0) * head_dim * 4
+            if mixer != "window":
+                state_heads = kv_heads if linear["feature_map_heads"] == "kv" else heads
+                found["constant"] += state_heads * 2 * linear["feature_dim"] * (head_dim + 1) * 4
     return found
 
 
 def _part(name: str) -> str:
-    if "embed_tokens" in name or "lm_head" in name:
+    if any(mark in name for mark in ("embed_tokens", "lm_head", ".wte.", ".wpe.")):
         return "embedding and head"
     if "linear_attention" in name:
         return "linear attention"

@@ -38,11 +38,15 @@ def reset_peak_memory() -> None:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that are free on a CUDA device, or in this machine's memory."""
+    """Bytes that are free on a CUDA device, or in this machine's memory (on Linux with what caches would give back)."""
     if device.startswith("cuda"):
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -45,7 +45,8 @@ def by_position(losses: Tensor, buckets: int = BUCKETS) -> list[dict[str, Any]]:
 
     Returns:
         `start`, `end`: the bucket's tokens have at least `start` tokens before them, and fewer than `end`;
-        `perplexity`: exp of their mean loss; `tokens`: how many they are, in all windows.
+        `perplexity`: exp of their mean loss; `tokens`: how many they are, in all windows; `window_losses`: their mean
+        loss in each window, in nats a token.
     """
     length = losses.shape[-1] + 1
     edges = sorted({round(length * i / buckets) for i in range(buckets + 1)})
@@ -53,8 +54,9 @@ def by_position(losses: Tensor, buckets: int = BUCKETS) -> list[dict[str, Any]]:
     for start, end in pairwise(edges):
         part = losses[:, max(start, 1) - 1 : end - 1]
         if part.numel():
-            perplexity = _exp(float(part.double().mean()))
-            found.append({"start": start, "end": end, "perplexity": perplexity, "tokens": part.numel()})
+            means = part.double().mean(-1)
+            bucket = {"start": start, "end": end, "perplexity": _exp(float(means.mean())), "tokens": part.numel()}
+            found.append({**bucket, "window_losses": means.tolist()})
     return found
 
 

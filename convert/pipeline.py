@@ -45,6 +45,8 @@ class Options:
         overwrite: replace an existing output.
         max_shard_size: bytes a file.
         eval_tokens: held-out tokens of the before/after table; 0 leaves it out.
+        activations: where hidden states between layers live: "memory", "disk", or "auto": on disk if they would take
+            more than half of the free memory.
         command: the command line, for the report and the card.
     """
 
@@ -55,6 +57,7 @@ class Options:
     overwrite: bool = False
     max_shard_size: int = 5 * 10**9
     eval_tokens: int = 4096
+    activations: str = "auto"
     command: str = ""
 
 
@@ -107,18 +110,50 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
     sizes = [size for recipe in recipes if (size := recipe.result_bytes(facts)) is not None]
     size = sizes[-1] if sizes else total * BYTES_EACH[dtype]
     needed = int(size + 4 * added + (4 if _has_train_stage(recipes) else 0) * checkpoint.num_parameters)
-    tokens = max((r.config.data.num_samples * r.config.data.seq_len for r in recipes), default=0)
-    hidden = int(facts.config["hidden_size"])
+    hidden = facts.hidden_size
     embedding = int(facts.config["vocab_size"]) * hidden * 4
+    activations = activation_bytes(facts, recipes)
+    on_disk = activations_on_disk(facts, recipes, options)
+    resident = 0 if on_disk else activations
+    needed += activations if on_disk else 0
     one_layer = (checkpoint.num_parameters * 4 - embedding) // facts.num_layers
     items += [
         PlanItem("result", f"{dtype}, {size_text(size)}, {added / 1e6:,.2f} M parameters added"),
-        PlanItem("memory, streamed", f"{size_text(embedding + 2 * one_layer + 5 * tokens * hidden * 4)} (rough)"),
+        PlanItem("memory, streamed", f"{size_text(embedding + 2 * one_layer + resident)} (rough)"),
+        PlanItem("activations", f"up to {size_text(activations)} {'on disk' if on_disk else 'in memory'}"),
         PlanItem("memory, whole model", f"{size_text(total * 4)} + activations (verification and train stages)"),
         disk_item(options.output, needed),
         work_item(sum(recipe.flops_per_parameter() for recipe in recipes) * facts.active_parameters),
     ]
     return items
+
+
+def activation_bytes(facts: ModelFacts, recipes: list[Recipe]) -> int:
+    """Bytes that streamed stages hold at most, in fp32: what enters and leaves a layer, what enters it in another
+    model, and what enters and leaves its attention's heads.
+    """
+    tokens = max((r.config.data.num_samples * r.config.data.seq_len for r in recipes if r.needs_data()), default=0)
+    heads, _, head_dim = facts.heads
+    return tokens * (4 * facts.hidden_size + heads * head_dim) * 4
+
+
+def activations_on_disk(facts: ModelFacts, recipes: list[Recipe], options: Options) -> bool:
+    """Whether hidden states go to the disk.
+
+    Raises:
+        KitError: if the option is none.
+    """
+    choices = ("auto", "memory", "disk")
+    if options.activations not in choices:
+        raise KitError(
+            f"activations cannot live in '{options.activations}'",
+            where="--activations",
+            next_step=f"choose one of: {', '.join(choices)}",
+            exit_code=ExitCode.USAGE,
+        )
+    if options.activations == "auto":
+        return activation_bytes(facts, recipes) > free_memory("cpu") / 2
+    return options.activations == "disk"
 
 
 def check_output(checkpoint: Checkpoint, options: Options) -> None:
@@ -270,7 +305,7 @@ class _Conversion:
     def __init__(self, checkpoint: Checkpoint, recipes: list[Recipe], options: Options, progress: Progress) -> None:
         import torch
 
-        from kit.convert.streaming import TensorView
+        from kit.convert.streaming import Scratch, TensorView
 
         self.checkpoint, self.recipes, self.options, self.progress = checkpoint, recipes, options, progress
         self.device = resolve_device(options.device)
@@ -288,6 +323,8 @@ class _Conversion:
             "versions": versions(),
         }
         self.work = WorkFolder(options.output, parts, resume=options.resume, overwrite=options.overwrite)
+        on_disk = activations_on_disk(ModelFacts.of(checkpoint), recipes, options)
+        self.scratch = Scratch(self.work.path if on_disk else None)
 
     @property
     def tokenizer(self) -> Any:
@@ -348,7 +385,8 @@ class _Conversion:
 
         from kit.convert.streaming import StreamedModel
 
-        return StreamedModel(config, view, device=self.device, dtype=torch.float32 if float32 else self.compute_dtype)
+        dtype = torch.float32 if float32 else self.compute_dtype
+        return StreamedModel(config, view, device=self.device, dtype=dtype, scratch=self.scratch)
 
     def initialise(self, step: str, recipe: Recipe) -> None:
         """Commit the starting values of parameters that the recipe's modules have and the model has not."""
@@ -395,7 +433,8 @@ class _Conversion:
         model = self.streamed(recipe.build(facts), self.view)
         original = self.streamed(before, before_view) if stage.propagate == "original" else None
         feeder = original or model
-        inputs = feeder.embed(rows.input_ids, rows.position_ids)
+        used = slice(recipe.stage_rows(stage, len(rows.input_ids)))
+        inputs = feeder.embed(rows.input_ids[used], rows.position_ids[used])
         metrics: list[dict[str, Any]] = []
         with self.progress.task(f"{recipe.name}: {stage.method}, layers", len(model)):
             for index in range(len(model)):
@@ -407,10 +446,12 @@ class _Conversion:
                 if not (done and last):
                     with model.layer(index) as module, original.layer(index) if original else nullcontext() as base:
                         layer = Layer(index, module, base, inputs, model, original, self.device, self.progress, facts)
+                        layer.state = self.work.path / f"{key}.training"
                         if done is None:
                             done = getattr(recipe, stage.method)(layer)
                             prefix = model.layer_prefix(index)
                             self.view.lay_over(self.work.commit(key, self.changed(module, prefix), done))
+                        layer.state.unlink(missing_ok=True)
                         inputs = inputs if last else layer.advance()
                 metrics.append(done)
                 self.progress.step(1, **dict(list(done.items())[-1:]))
@@ -439,9 +480,11 @@ class _Conversion:
                     with model.layer(index) as module:
                         layer = Layer(index, module, None, inputs, model, None, self.device, self.progress, facts)
                         layer.original_inputs = originals
+                        layer.state = self.work.path / f"{key}.training"
                         done = getattr(recipe, stage.method)(layer)
                         changed = self.changed(module, model.layer_prefix(index)) if feeder else {}
                         self.work.commit(key, changed, done)
+                        layer.state.unlink(missing_ok=True)
                         after, outputs = layer.original_outputs, layer.outputs
                 if originals is not None and index < len(model) - 1:
                     originals = after or self.advance(model, index, originals)

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kit.convert.data import DataConfig
 from kit.convert.errors import KitError
+from kit.families import Family, config_value, family_of
 
 if TYPE_CHECKING:
     from kit.convert.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ def layer_stage(
 ):
     """Mark `method(self, layer: Layer) -> dict[str, float]`: one decoder layer resident, changed in place.
 
-    It returns metrics for the report; progress shows the last of them.
+    It returns metrics for the report; progress shows the last of them. `losses`, a number an update, are drawn.
 
     Args:
         function: the method.
@@ -136,7 +137,17 @@ class ModelFacts:
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
-        return int(self.config["num_hidden_layers"])
+        return int(config_value(self.config, "num_hidden_layers"))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return int(config_value(self.config, "hidden_size"))
+
+    @property
+    def family(self) -> Family:
+        """How the model names its parts."""
+        return family_of(self.model_type)
 
     @property
     def active_parameters(self) -> int:
@@ -148,9 +159,9 @@ class ModelFacts:
     @property
     def heads(self) -> tuple[int, int, int]:
         """(query heads, key/value heads, head dim)."""
-        heads = int(self.config["num_attention_heads"])
+        heads = int(config_value(self.config, "num_attention_heads"))
         kv_heads = int(self.config.get("num_key_value_heads") or heads)
-        return heads, kv_heads, int(self.config.get("head_dim") or self.config["hidden_size"] // heads)
+        return heads, kv_heads, int(self.config.get("head_dim") or self.hidden_size // heads)
 
 
 @dataclass
@@ -170,6 +181,7 @@ class Layer:
         original_inputs: what enters the layer in the model before this recipe (stages that propagate "both").
         original_outputs: set it to what leaves the untouched layer for those, if the stage ran it anyway.
         outputs: set it to what leaves the changed layer, if the stage knows it.
+        state: file in which `fit(checkpoint=...)` keeps this layer's training, so that a killed one goes on.
     """
 
     index: int
@@ -184,6 +196,7 @@ class Layer:
     original_inputs: Activations | None = None
     original_outputs: Activations | None = None
     outputs: Activations | None = None
+    state: Path | None = None
 
     def advance(self) -> Activations:
         """Run all inputs through the layer that feeds the next one (once; the pipeline takes the same result)."""
@@ -313,11 +326,12 @@ class Recipe(ABC):
         Raises:
             KitError: if the model cannot be converted with this config.
         """
-        if not any(str(name).endswith("ForCausalLM") for name in model.config.get("architectures") or []):
+        kinds = ("ForCausalLM", "LMHeadModel")
+        if not any(str(name).endswith(kinds) for name in model.config.get("architectures") or []):
             raise KitError(
                 "the model is no causal language model, or does not say so",
                 where="config.json: architectures",
-                next_step="convert a checkpoint whose architectures name a ...ForCausalLM class",
+                next_step="convert a checkpoint whose architectures name a ...ForCausalLM or ...LMHeadModel class",
             )
         if self.families and model.model_type not in self.families:
             raise KitError(
@@ -345,6 +359,10 @@ class Recipe(ABC):
     def needs_data(self) -> bool:
         """Whether the stages look at text; without it layer stages have no `inputs` and train stages cannot run."""
         return True
+
+    def stage_rows(self, stage: Stage, num_rows: int) -> int:
+        """How many of the rows a layer stage looks at, where it needs fewer than the others."""
+        return num_rows
 
     def result_bytes(self, model: ModelFacts) -> int | None:
         """Bytes of the written tensors, where the dtype does not say; None: every parameter takes the dtype's."""

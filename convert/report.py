@@ -49,10 +49,13 @@ def build_report(
 
 
 def write_report(folder: Path, report: dict[str, Any], recipes: list[Recipe]) -> None:
-    """Write kit_report.json, kit_recipe.yaml (run it again with `--recipe kit_recipe.yaml`) and README.md."""
+    """Write kit_report.json, kit_recipe.yaml (run it again with `--recipe kit_recipe.yaml`), README.md, loss curves."""
+    from kit.convert import loss_plot
+
     (folder / "kit_report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (folder / "kit_recipe.yaml").write_text(recipe_yaml(recipes), encoding="utf-8")
     (folder / "README.md").write_text(model_card(report, recipes), encoding="utf-8")
+    loss_plot.plot_losses(report, folder / loss_plot.FILE)
 
 
 def recipe_yaml(recipes: list[Recipe]) -> str:

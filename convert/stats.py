@@ -24,6 +24,7 @@ from kit.convert.rounding import Grid, fit_grid, output_error, round_to_nearest
 from kit.convert.streaming import Activations, StreamedModel, TensorView
 from kit.kernels.int4_fp8 import round_activations
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SITES = {  # linears that read the same input
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -250,8 +251,6 @@ def measure(
 
 def _check_family(checkpoint: Checkpoint) -> None:
     """Only architectures whose layers are built as `SITES` says, and whose attention scores are plain q·k."""
-    from kit.modules.modeling import FAMILIES
-
     family = str(checkpoint.config.get("model_type"))
     if family.removeprefix("kit_") not in FAMILIES:
         raise KitError(

@@ -6,7 +6,10 @@ Peak memory is one layer, the activations, and (for the first and last step) the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import KitError
+from kit.convert.work import disk_errors
+from kit.families import family_of
 
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -75,7 +80,7 @@ class TensorView:
 
 @dataclass
 class Activations:
-    """Hidden states between two layers: `hidden` (N, T, hidden) and `position_ids` (N, T), on the CPU."""
+    """Hidden states between two layers: `hidden` (N, T, hidden) and `position_ids` (N, T), on the CPU or on disk."""
 
     hidden: Tensor
     position_ids: Tensor
@@ -85,6 +90,77 @@ class Activations:
         for start in range(0, len(self.hidden), size):
             rows = slice(start, start + size)
             yield rows, self.hidden[rows].to(device), self.position_ids[rows].to(device)
+
+
+class Scratch:
+    """Where activations of a run live: in memory, or in files that vanish with the tensors in them.
+
+    Args:
+        folder: of the files; None for memory.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the CPU, its numbers not set.
+
+        Raises:
+            KitError: if the disk has no room for it; on Linux it is taken at once, so that no later write can fail.
+        """
+        if self.folder is None or not math.prod(shape):
+            return torch.empty(tuple(shape), dtype=dtype)
+        with disk_errors(self.folder):
+            number, name = tempfile.mkstemp(prefix="activations-", dir=self.folder)
+            try:
+                if hasattr(os, "posix_fallocate"):  # Linux
+                    os.posix_fallocate(number, 0, math.prod(shape) * dtype.itemsize)
+                return torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(tuple(shape))
+            finally:
+                os.close(number)
+                os.unlink(name)  # what is mapped stays until nobody holds it; a killed run leaves nothing behind
+
+
+class Recorder:
+    """Batches of rows, collected into one tensor (N, ...) of a scratch as they come."""
+
+    def __init__(self, scratch: Scratch, num_rows: int) -> None:
+        self.scratch, self.num_rows, self._filled = scratch, num_rows, 0
+        self._tensor: Tensor | None = None
+
+    def add(self, batch: Tensor) -> None:
+        """Take the next rows (B, ...)."""
+        if self._tensor is None:
+            self._tensor = self.scratch.empty((self.num_rows, *batch.shape[1:]), batch.dtype)
+        self._tensor[self._filled : self._filled + len(batch)] = batch.detach()
+        self._filled += len(batch)
+
+    @property
+    def tensor(self) -> Tensor:
+        """All rows, on the CPU."""
+        assert self._tensor is not None
+        assert self._filled == self.num_rows, "rows are missing"
+        return self._tensor
+
+
+class SoftCap(nn.Module):
+    """Logits pressed into (-cap, cap), as Gemma 2 has them: cap · tanh(x / cap)."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap = cap
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Press."""
+        return torch.tanh(logits / self.cap) * self.cap
+
+
+class _NoPositions(nn.Module):
+    """Stands where learned positions would be added again, before each layer."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Return zeros that broadcast."""
+        return torch.zeros(1, device=position_ids.device)
 
 
 class _PassThrough(nn.Module):
@@ -135,6 +211,7 @@ class StreamedModel:
         device: where the resident layer lives.
         dtype: its compute dtype.
         round_to: round weights to this dtype first (what a file of that dtype will hold).
+        scratch: where activations live; None: in memory.
     """
 
     def __init__(
@@ -145,22 +222,30 @@ class StreamedModel:
         device: str,
         dtype: torch.dtype,
         round_to: torch.dtype | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
+        self.scratch = scratch or Scratch()
         self.view, self.device, self.dtype, self.round_to = view, device, dtype, round_to
         self.model = build_skeleton(config)
         self.base = self.model.base_model
         self.prefix = f"{self.model.base_model_prefix}."
-        self._layers, self._norm = list(self.base.layers), self.base.norm
-        self.base.layers = nn.ModuleList(_PassThrough() for _ in self._layers)
-        self.base.norm = nn.Identity()
-        self.base.rotary_emb = type(self.base.rotary_emb)(config=self.base.config).to(device)
+        self.family = family_of(str(config["model_type"]))
+        self._layers, self._norm = list(getattr(self.base, self.family.layers)), getattr(self.base, self.family.norm)
+        setattr(self.base, self.family.layers, nn.ModuleList(_PassThrough() for _ in self._layers))
+        setattr(self.base, self.family.norm, nn.Identity())
+        self._positions = getattr(self.base, self.family.positions) if self.family.positions else None
+        if self._positions is not None:
+            setattr(self.base, self.family.positions, _NoPositions())
+        if hasattr(self.base, "rotary_emb"):
+            self.base.rotary_emb = type(self.base.rotary_emb)(config=self.base.config).to(device)
+        self._ropes = isinstance((getattr(self.base.config, "rope_parameters", None) or {}).get("full_attention"), dict)
 
     def __len__(self) -> int:
         return len(self._layers)
 
     def layer_prefix(self, index: int) -> str:
         """Name of a layer in the checkpoint, with the dot behind it."""
-        return f"{self.prefix}layers.{index}."
+        return f"{self.prefix}{self.family.layers}.{index}."
 
     def layer_names(self, index: int) -> list[str]:
         """Names of a layer's tensors, without the prefix."""
@@ -170,28 +255,50 @@ class StreamedModel:
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Make one layer resident: its module, weights frozen; parameters the checkpoint lacks are initialised."""
         module = self._materialise(self._layers[index], self.layer_prefix(index))
-        self.base.layers[index] = module
+        layers = getattr(self.base, self.family.layers)
+        layers[index] = module
         try:
             yield module
         finally:
-            self.base.layers[index] = _PassThrough()
+            layers[index] = _PassThrough()
+
+    def attention(self, layer: nn.Module) -> Any:
+        """The attention of a decoder layer."""
+        return getattr(layer, self.family.attention)
+
+    def output_projection(self, layer: nn.Module) -> nn.Module:
+        """The linear behind the heads of a decoder layer."""
+        return getattr(self.attention(layer), self.family.output)
+
+    def position_embeddings(self, hidden: Tensor, position_ids: Tensor, index: int) -> Any:
+        """What a layer's attention gets of the positions (B, T): cos and sin of RoPE, None where there is none."""
+        if not hasattr(self.base, "rotary_emb"):
+            return None
+        config = self.base.config
+        kinds = (config.layer_types[index],) if self._ropes else ()
+        return self.base.rotary_emb(hidden, position_ids, *kinds)
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """Run hidden states (B, T, hidden) through the resident layer."""
         return self.base(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
-    def embed(self, input_ids: Tensor, position_ids: Tensor) -> Activations:
+    def embed(self, input_ids: Tensor, position_ids: Tensor, batch_size: int = 4) -> Activations:
         """Turn token ids (N, T) into the first layer's inputs."""
-        table = self.base.embed_tokens
-        resident = self._materialise(table, f"{self.prefix}embed_tokens.")
-        hidden = resident(input_ids.to(self.device)).cpu()
-        return Activations(hidden, position_ids)
+        name = self.family.embedding
+        tokens = self._materialise(getattr(self.base, name), f"{self.prefix}{name}.")
+        places: Callable[[Tensor], Any] = lambda _: 0  # noqa: E731
+        if self._positions is not None:
+            places = self._materialise(self._positions, f"{self.prefix}{self.family.positions}.")
+        hidden = Recorder(self.scratch, len(input_ids))
+        for ids, positions in zip(input_ids.split(batch_size), position_ids.split(batch_size), strict=True):
+            hidden.add(tokens(ids.to(self.device)) + places(positions.to(self.device)))
+        return Activations(hidden.tensor, position_ids)
 
     @torch.no_grad()
     def advance(self, inputs: Activations, batch_size: int = 4) -> Activations:
         """Run all rows through the resident layer."""
-        out = torch.empty_like(inputs.hidden)
+        out = self.scratch.empty(inputs.hidden.shape, inputs.hidden.dtype)
         for rows, hidden, positions in inputs.batches(batch_size, self.device):
             out[rows] = self.forward(hidden, positions).to(out.device)
         return Activations(out, inputs.position_ids)
@@ -203,17 +310,21 @@ class StreamedModel:
 
     def head(self) -> nn.Module:
         """Make the final norm and the output head resident, as one module."""
-        norm = self._materialise(self._norm, f"{self.prefix}norm.")
+        norm = self._materialise(self._norm, f"{self.prefix}{self.family.norm}.")
         head = self.model.get_output_embeddings()
         tied = "lm_head.weight" not in self.view
         resident = copy.deepcopy(head)
-        name = f"{self.prefix}embed_tokens.weight" if tied else "lm_head.weight"
+        name = f"{self.prefix}{self.family.embedding}.weight" if tied else "lm_head.weight"
         resident.load_state_dict({"weight": self._read(name)}, strict=False, assign=True)
-        return nn.Sequential(norm, resident.requires_grad_(False))
+        cap = getattr(self.base.config, "final_logit_softcapping", None)
+        return nn.Sequential(norm, resident.requires_grad_(False), *([SoftCap(cap)] if cap else []))
 
     def resident(self) -> Any:
         """Return the whole model with its weights in memory."""
-        self.base.layers, self.base.norm = nn.ModuleList(self._layers), self._norm
+        setattr(self.base, self.family.layers, nn.ModuleList(self._layers))
+        setattr(self.base, self.family.norm, self._norm)
+        if self._positions is not None:
+            setattr(self.base, self.family.positions, self._positions)
         self._fill(self.model, "")
         self.model.tie_weights()
         return self.model
@@ -228,6 +339,8 @@ class StreamedModel:
         names = [name for name in module.state_dict() if prefix + name in self.view]
         known = {*names, *(getattr(module, "all_tied_weights_keys", None) or ())}
         for path, part in module.named_modules():
+            if hasattr(part, "scalar_embed_scale"):  # Gemma's: a buffer that is in no file
+                part.embed_scale = torch.tensor(part.scalar_embed_scale, device=self.device)
             own = {f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False)}
             if own - known:
                 part.to_empty(device=self.device, recurse=False).float()

@@ -42,6 +42,7 @@ def fit(
     row_weights: Tensor | None = None,
     checkpoint: Path | None = None,
     save_every: int = SAVE_EVERY,
+    at_step: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Minimise a loss over rows of data.
 
@@ -58,6 +59,7 @@ def fit(
         checkpoint: file that keeps the state of the training: parameters, optimizer, step, random numbers. If it is
             there, training goes on from it, and takes the same steps as if it had never stopped.
         save_every: updates between two writes of it; it is also written on an interrupt.
+        at_step: is told the number of each update before its loss is computed.
 
     Returns:
         The loss of each update.
@@ -94,6 +96,8 @@ def fit(
     try:
         for step in range(len(losses), config.steps):
             random_state = _random_state(device)
+            if at_step is not None:
+                at_step(step)
             batch = torch.tensor([next(order) for _ in range(batch_size)])
             total = 0.0
             for rows in batch.split(config.micro_batch_size or len(batch)):

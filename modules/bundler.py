@@ -11,7 +11,7 @@ import ast
 import importlib.util
 from pathlib import Path
 
-BUNDLED = ("kit.kernels", "kit.modules")
+BUNDLED = ("kit.families", "kit.kernels", "kit.modules")
 
 
 def bundle(entry: str) -> dict[str, str]:

@@ -16,13 +16,15 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from kit.families import TABLE, family_of
 from kit.modules.cache import cache_argument
-from kit.modules.linear_attention import CacheSlot, HybridLinearAttention
+from kit.modules.linear_attention import MIXERS, CacheSlot, Mixer, Step, full_attention
 from kit.modules.own_code import CarriesCode
 
 ATTENTION = "kit_linear"
-LAYER_TYPE = "hybrid_sliding"  # transformers' name of a cache layer with window keys and a recurrent state
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+# transformers' names of cache layers: window keys and a state; all keys; window keys
+LAYER_TYPES = ("hybrid_sliding", "full_attention", "sliding_attention")
+FAMILIES = {model_type: family.prefix for model_type, family in TABLE.items()}
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
@@ -39,24 +41,48 @@ AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
 class LinearizedAttention:
-    """Mixed into a family's attention class: its projections and RoPE, our attention."""
+    """Mixed into a family's attention class: its projections and RoPE, our attention.
+
+    `config.linear_attention` says what stands in for it: `mixers`, a kind for each layer ("full" is the family's own;
+    without the list every layer is "hybrid"), and the options of `MixerOptions`. `base_windows`: for each layer, the
+    sliding window of the base model's own attention, or None. `config.sliding_window` is the window of transformers'
+    cache layers; a smaller `window_size` of ours may stand in the section.
+    """
+
+    linear_attention: Mixer | None
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)  # type: ignore[call-arg]
-        self.linear_attention = HybridLinearAttention(
-            num_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=self.head_dim,  # type: ignore[attr-defined]
-            window_size=config.sliding_window,
-            **config.linear_attention,
-        )
+        super().__init__(config, layer_idx=layer_idx)  # type: ignore[call-arg]
+        options = dict(config.linear_attention)
+        kinds, base_windows = options.pop("mixers", None), options.pop("base_windows", None)
+        options.setdefault("window_size", config.sliding_window)
+        kind = kinds[layer_idx] if kinds else "hybrid"
+        self.base_window = base_windows[layer_idx] if base_windows else None
+        self.linear_attention = None
+        if kind != "full":
+            self.linear_attention = MIXERS[kind](
+                num_heads=config.num_attention_heads,
+                num_key_value_heads=getattr(config, "num_key_value_heads", config.num_attention_heads),
+                head_dim=self.head_dim,  # type: ignore[attr-defined]
+                hidden_size=config.hidden_size,
+                **options,
+            )
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        """Like the family's attention; remembers where the cache stood before this step."""
-        slot, cache = None, kwargs.get(cache_argument(kwargs))
+        """Like the family's attention; remembers where the cache stood before this step, and what enters the layer."""
+        slot, cache, mixer = None, kwargs.get(cache_argument(kwargs)), self.linear_attention
         if cache is not None:
-            slot = CacheSlot(cache, self.layer_idx, self.config.sliding_window)  # type: ignore[attr-defined]
-        return super().forward(hidden_states=hidden_states, cache_slot=slot, **kwargs)  # type: ignore[misc]
+            kinds, cached = self.config.layer_types, self.config.sliding_window  # type: ignore[attr-defined]
+            if kinds[self.layer_idx] == "full_attention":  # type: ignore[attr-defined]
+                cached = None
+            own = None if mixer is None else mixer.window_size
+            slot = CacheSlot(cache, self.layer_idx, cached, own)  # type: ignore[attr-defined]
+        rotary = kwargs.get("position_embeddings")
+        if rotary is not None and mixer is not None and mixer.without_rope and not mixer.switched_off:
+            kwargs["position_embeddings"] = (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))
+        return super().forward(  # type: ignore[misc]
+            hidden_states=hidden_states, cache_slot=slot, rotary=rotary, layer_input=hidden_states, **kwargs
+        )
 
     def attend(
         self,
@@ -68,6 +94,9 @@ class LinearizedAttention:
         cache_slot: CacheSlot | None = None,
         padding_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        layer_input: Tensor | None = None,
+        softcap: float | None = None,
         **_: Any,
     ) -> Tensor:
         """Attend and carry the state on.
@@ -79,28 +108,32 @@ class LinearizedAttention:
             cache_slot: this layer's cache, None without one.
             padding_mask: (B, all tokens so far), False or 0 for padding.
             segment_ids: (B, T), for packed sequences.
+            rotary: cos and sin of RoPE (B, T, R).
+            layer_input: (B, T, hidden).
+            softcap: scores are softcap · tanh(scores / softcap), as Gemma 2 has it.
 
         Returns:
             (B, T, H, D), as transformers wants it.
         """
-        num_past = cache_slot.num_past if cache_slot else 0
-        num_keys = num_past + query.shape[2]
-        seen_before = cache_slot.num_seen - num_past if cache_slot else 0
+        first = cache_slot.num_skipped if cache_slot else 0
+        keys = slice(first, first + (cache_slot.num_past if cache_slot else 0) + query.shape[2])
         if padding_mask is not None:
-            padding_mask = padding_mask[:, seen_before : seen_before + num_keys].bool()
-        out, state = self.linear_attention(
-            query,
-            key[:, :, :num_keys],
-            value[:, :, :num_keys],
-            scale=scaling,
-            state=cache_slot.state if cache_slot else None,
-            key_mask=padding_mask,
-            segment_ids=segment_ids,
-            return_state=cache_slot is not None,
-        )
-        if cache_slot:
-            cache_slot.store(state)
-        return out.transpose(1, 2)
+            so_far = (cache_slot.num_seen if cache_slot else 0) + query.shape[2]
+            padding_mask = padding_mask[:, :so_far].bool()
+        step = Step(scaling, cache_slot, padding_mask, segment_ids, rotary, layer_input, self.base_window, softcap)
+        attention = self.linear_attention or full_attention
+        return attention(query, key[:, :, keys], value[:, :, keys], step).transpose(1, 2)
+
+
+class LinearizedConfig:
+    """Mixed into a family's config."""
+
+    def standardize_rope_params(self) -> None:
+        """As usual; where each kind of layer has a RoPE of its own, ours takes that of full attention."""
+        rope = getattr(self, "rope_parameters", None)
+        if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+            rope[LAYER_TYPES[0]] = dict(rope["full_attention"])
+        super().standardize_rope_params()  # type: ignore[misc]
 
 
 class LinearizedPreTrained(CarriesCode):
@@ -110,7 +143,7 @@ class LinearizedPreTrained(CarriesCode):
         return ATTENTION
 
     def _init_weights(self, module: Any) -> None:
-        if isinstance(module, HybridLinearAttention):
+        if isinstance(module, Mixer):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
@@ -124,8 +157,9 @@ class LinearizedModel(LinearizedPreTrained):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        for index, layer in enumerate(self.layers):  # type: ignore[attr-defined]
-            layer.self_attn = self.attention_class(config, index)
+        family = family_of(config.model_type)
+        for index, layer in enumerate(getattr(self, family.layers)):
+            setattr(layer, family.attention, self.attention_class(config, index))
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(
@@ -152,12 +186,15 @@ class LinearizedModel(LinearizedPreTrained):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         elif attention_mask is None and position_ids is not None and kwargs.get(cache_argument(kwargs)) is None:
             segment_ids = packed_segments(position_ids)
+        padding_mask = attention_mask
+        if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+            padding_mask = None  # layers then need not look for padding
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
-            attention_mask={LAYER_TYPE: None} if self.masks_by_layer_type else None,
+            attention_mask=dict.fromkeys(LAYER_TYPES) if self.masks_by_layer_type else None,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            padding_mask=attention_mask,
+            padding_mask=padding_mask,
             segment_ids=segment_ids,
             **kwargs,
         )
@@ -170,7 +207,7 @@ class LinearizedForCausalLM(LinearizedPreTrained):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.model = self.model_class(config)
+        setattr(self, family_of(config.model_type).base, self.model_class(config))
         self.post_init()  # type: ignore[attr-defined]
 
     @staticmethod
@@ -212,21 +249,22 @@ def packed_segments(position_ids: Tensor) -> Tensor | None:
 
 def _family_classes(prefix: str) -> dict[str, type]:
     """Make the config, base model and language model of one family ("Llama" -> KitLlamaConfig, ...)."""
-    family = next(name for name, value in FAMILIES.items() if value == prefix)
-    configuration = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
-    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    base_config = getattr(configuration, f"{prefix}Config")
+    model_type, family = next((name, family) for name, family in TABLE.items() if family.prefix == prefix)
+    place = family.module or model_type
+    configuration = importlib.import_module(f"transformers.models.{place}.configuration_{place}")
+    modeling = importlib.import_module(f"transformers.models.{place}.modeling_{place}")
+    base_config = getattr(configuration, f"{prefix}{family.text}Config")
 
     def derive(name: str, *bases: type, **attributes: Any) -> type:
         return type(bases[0])(name, bases, {"__module__": __name__, "__qualname__": name, **attributes})
 
-    config = derive(f"Kit{prefix}Config", base_config, model_type=f"kit_{family}")
+    config = derive(f"Kit{prefix}Config", LinearizedConfig, base_config, model_type=f"kit_{model_type}")
     attention = derive(f"Kit{prefix}Attention", LinearizedAttention, getattr(modeling, f"{prefix}Attention"))
     shared = {"config_class": config, "__annotations__": {"config": config}}
     model = derive(
         f"Kit{prefix}Model",
         LinearizedModel,
-        getattr(modeling, f"{prefix}Model"),
+        getattr(modeling, f"{prefix}{family.text}Model"),
         attention_class=attention,
         masks_by_layer_type=hasattr(base_config, "layer_types"),
         **shared,
@@ -234,7 +272,7 @@ def _family_classes(prefix: str) -> dict[str, type]:
     causal_lm = derive(
         f"Kit{prefix}ForCausalLM",
         LinearizedForCausalLM,
-        getattr(modeling, f"{prefix}ForCausalLM"),
+        getattr(modeling, f"{prefix}{family.causal_lm}"),
         model_class=model,
         **shared,
     )

@@ -34,7 +34,7 @@ def test_the_wheel_lists_every_module_preset_and_template_and_no_tests(wheel):
     expected = {p.relative_to(ROOT) for folder in folders for p in (ROOT / folder).rglob("*.py")}
     expected |= {p.relative_to(ROOT) for kind in ("yaml", "json") for p in (ROOT / "configs").rglob(f"*.{kind}")}
     expected |= {p.relative_to(ROOT) for p in (ROOT / "convert").glob("*.jinja")}
-    expected |= {Path("__init__.py"), Path("cli.py"), Path("py.typed")}
+    expected |= {Path("__init__.py"), Path("cli.py"), Path("families.py"), Path("py.typed")}
     assert packaged - {"kit/setup.py"} == {f"kit/{path}" for path in expected}
 
 

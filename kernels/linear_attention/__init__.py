@@ -10,9 +10,10 @@ from kit.kernels.linear_attention.dispatch import (
     gated_linear_attention,
     hybrid_attention,
 )
-from kit.kernels.linear_attention.reference import hedgehog_feature_map, linear_state, sequence_bounds
+from kit.kernels.linear_attention.reference import Sinks, hedgehog_feature_map, linear_state, sequence_bounds
 
 __all__ = [
+    "Sinks",
     "channel_gated_linear_attention",
     "gated_delta_rule",
     "gated_linear_attention",

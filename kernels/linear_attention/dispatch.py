@@ -108,7 +108,12 @@ def hybrid_attention(
                 bounds = sequence_bounds(key_mask, segments)
             except ValueError as error:
                 reason = str(error)
-        if _falls_back(backend, reason) or (backend is None and q.shape[2] <= window_size):
+        if options.get("softcap") is not None:
+            reason = "the Triton kernels do not cap scores"
+        given = options.get("sinks") is not None
+        if given and backend == "triton":
+            reason = "the Triton kernels take the sinks of whole sequences only"
+        if _falls_back(backend, reason) or (backend is None and (given or q.shape[2] <= window_size)):
             ops = None
     if ops is None:
         masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segments}
@@ -116,6 +121,8 @@ def hybrid_attention(
             q, k, v, feature_map_q, feature_map_k, window_factor, window_size=window_size, **masks, **options
         )
     q, k = q.to(v.dtype), k.to(v.dtype)
+    for name in ("sinks", "softcap"):
+        options.pop(name, None)
     return ops.hybrid(q, k, v, *maps, window_factor, window_size=window_size, bounds=bounds, **options)
 
 

@@ -62,20 +62,29 @@ def gated_linear_attention(
     gates = torch.zeros(1, 1, 1, dtype=kind, device=q.device) if log_gate is None else log_gate.to(kind)
     gates = gates.expand(len(q), heads, length)
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=kind, device=q.device)
-    whole = [[row, 0, length] for row in range(len(q))]
     states = []
     with torch.autocast(q.device.type, enabled=False):
         phi_q, phi_k = _features(q, k, feature_map_q, feature_map_k, kind)
         values = F.pad(_expand(v, heads).to(kind), (0, 1), value=1.0)
-        for number, (row, start, end) in enumerate(whole if bounds is None else bounds.tolist()):
+        if bounds is None:
+            flat_q, flat_k, flat_v, flat_gates = (x.flatten(0, 1) for x in (phi_q, phi_k, values, gates))
+            first = None if state is None else state.to(kind).flatten(0, 1)
+            part, last = _blocks(flat_q, flat_k, flat_v, flat_gates, first)
+            out, last = (x.unflatten(0, (-1, heads)) for x in (_divided(part, normalize, scale), last))
+            return out.to(v.dtype), last if return_state else None
+        for number, (row, start, end) in enumerate(bounds.tolist()):
             at = slice(start, end)
             first = None if state is None else state[number].to(kind)
             part, last = _blocks(phi_q[row, :, at], phi_k[row, :, at], values[row, :, at], gates[row, :, at], first)
-            total = part[..., -1:]
-            part = part[..., :-1] / total.where(total != 0, 1.0) if normalize else part[..., :-1] * scale
-            out[row, :, at] = part
+            out[row, :, at] = _divided(part, normalize, scale)
             states.append(last)
     return out.to(v.dtype), torch.stack(states) if return_state else None
+
+
+def _divided(sums: Tensor, normalize: bool, scale: float) -> Tensor:
+    """Σ w [v, 1] -> the output."""
+    total = sums[..., -1:]
+    return sums[..., :-1] / total.where(total != 0, 1.0) if normalize else sums[..., :-1] * scale
 
 
 def _features(q, k, feature_map_q, feature_map_k, kind) -> tuple[Tensor, Tensor]:

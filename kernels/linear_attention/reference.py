@@ -28,6 +28,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Sinks(NamedTuple):
+    """Keys that stay in the window for good.
+
+    Attributes:
+        k, v: (B, G, S, D).
+        visible: (B or 1, T, S), True for queries that see a sink here: their window has left it.
+        own: (B or 1, P + T), True for keys that are sinks: they never count as past.
+    """
+
+    k: Tensor
+    v: Tensor
+    visible: Tensor
+    own: Tensor
+
+
 def hedgehog_feature_map(x: Tensor, weight: Tensor) -> Tensor:
     """Hedgehog features as LoLCATs uses them (arXiv:2402.04347 Eq. 3, arXiv:2410.10254 Appendix A).
 
@@ -77,7 +92,9 @@ def hybrid_attention(
     window_weight: float = 1.0,
     terrace: bool = False,
     num_sinks: int = 0,
+    sinks: Sinks | None = None,
     meta_logit: Tensor | None = None,
+    softcap: float | None = None,
     state: Tensor | None = None,
     key_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
@@ -97,7 +114,9 @@ def hybrid_attention(
         window_weight: multiplies g; 0 leaves the linear past alone.
         terrace: block-aligned windows; whole sequences only (P = 0, no state).
         num_sinks: first keys of a sequence that stay in the window and never count as past; whole sequences only.
+        sinks: the same keys, given from outside, for calls that go on from earlier keys; instead of `num_sinks`.
         meta_logit: (H,), a logit in the window's denominator.
+        softcap: the window's scores are softcap · tanh(s_ij / softcap) (Gemma 2, arXiv:2408.00118); None: s_ij.
         state: (B, L, F, D + 1), the past that has left the window; None for an empty one.
         key_mask: (B, P + T), False for padding. Queries at padded positions get zeros.
         segment_ids: (B, T), non-decreasing; packed sequences that do not see each other. Needs P = 0 and no state.
@@ -111,9 +130,10 @@ def hybrid_attention(
     """
     whole_only = terrace or num_sinks > 0
     check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids, whole_only=whole_only)
-    options = {"window_size": window_size, "terrace": terrace, "num_sinks": num_sinks}
+    options: dict[str, Any] = {"window_size": window_size, "terrace": terrace, "num_sinks": num_sinks}
+    options |= {"linear": linear_weight > 0, "sinks": sinks}
     maps = (feature_map_q, feature_map_k)
-    weights = (window_factor, scale, linear_weight, window_weight, meta_logit)
+    weights = (window_factor, scale, linear_weight, window_weight, meta_logit, softcap)
     with torch.autocast(q.device.type, enabled=False):  # autocast would round the products below to bf16
         if (terrace or num_sinks) and (key_mask is not None or segment_ids is not None):
             out, new = _each_sequence(q, k, v, maps, weights, options, sequence_bounds(key_mask, segment_ids))
@@ -125,12 +145,14 @@ def hybrid_attention(
 def _each_sequence(q, k, v, maps, weights, options, bounds: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
     """Attend in one sequence after the other: what counts from a sequence's start, counts from each one's own."""
     out, states = torch.zeros(*q.shape[:3], v.shape[-1], dtype=_precise(v), device=q.device), []
+    leaving = max(k.shape[2] - (options["window_size"] - 1), 0)  # counted in columns, as a cache keeps its window
     for row, start, end in bounds.tolist():
         q_n, k_n, v_n = (x[row : row + 1, :, start:end] for x in (q, k, v))
-        part, state = _sequences(q_n, k_n, v_n, maps, weights, options, None, None, None)
+        part, _ = _sequences(q_n, k_n, v_n, maps, weights, options, None, None, None)
         out[row, :, start:end] = part[0]
-        states.append(state)
-    return out, lambda: torch.cat([state() for state in states])
+        gone = slice(options["num_sinks"], max(leaving - start, 0))
+        states.append((k_n[:, :, gone], v_n[:, :, gone]))
+    return out, lambda: torch.cat([linear_state(*kept, maps[1]) for kept in states])
 
 
 def _sequences(q, k, v, maps, weights, options, state, key_mask, segment_ids) -> tuple[Tensor, Callable[[], Tensor]]:
@@ -138,14 +160,20 @@ def _sequences(q, k, v, maps, weights, options, state, key_mask, segment_ids) ->
     num_queries, num_keys, window_size = q.shape[2], k.shape[2], options["window_size"]
     if not num_queries:
         return q.new_zeros(*q.shape[:3], v.shape[-1]), lambda: linear_state(k[:, :, :0], v[:, :, :0], maps[1])
-    past = torch.arange(num_keys, device=q.device) >= options["num_sinks"]  # keys that can become past
+    sinks: Sinks | None = options["sinks"]
+    if sinks is None and options["num_sinks"] and num_queries > window_size:
+        sinks = _first_keys(k, v, options)
+    places = torch.arange(num_keys, device=q.device)
+    past = (places >= options["num_sinks"])[None] if sinks is None else ~sinks.own  # keys that can become past
     blocks = _one_block if num_queries <= window_size else _window_blocks
     layout = blocks(q, k, v, maps[1], options, past, state, key_mask, segment_ids)
+    if sinks is not None:
+        layout = _with_sinks(layout, sinks)
     out = _attend(layout, *maps, *weights)[:, :, :num_queries]
 
     def new_state() -> Tensor:
         leaving = max(num_keys - (window_size - 1), 0)
-        counted = past[None] if key_mask is None else past & key_mask
+        counted = past if key_mask is None else past & key_mask
         gone = linear_state(k[:, :, :leaving], v[:, :, :leaving], maps[1], counted[:, :leaving])
         return gone if state is None else state + gone
 
@@ -164,21 +192,23 @@ class _Blocks(NamedTuple):
     state_mask: Tensor | None  # (B, N, C): queries whose own segment the state belongs to
 
 
-def _with_sinks(blocks: _Blocks, k: Tensor, v: Tensor, options: dict[str, Any], query_pos: Tensor) -> _Blocks:
-    """Append the first keys of the sequence to those that every block sees, for queries whose window has left them.
-
-    query_pos: (N, C), each query's position.
-    """
+def _first_keys(k: Tensor, v: Tensor, options: dict[str, Any]) -> Sinks:
+    """The first keys of a whole sequence, for queries whose window has left them."""
     count, size = min(options["num_sinks"], k.shape[2]), options["window_size"]
-    if not count:
-        return blocks
-    sinks = torch.arange(count, device=k.device)
-    far = query_pos[:, :, None] - sinks >= size
-    if options["terrace"]:
-        far = query_pos[:, :, None] // size - sinks // size > 1
-    num_blocks = blocks.k.shape[2]
-    again = [x[:, :, None, :count].expand(-1, -1, num_blocks, -1, -1) for x in (k, v)]
-    window_mask = torch.cat([blocks.window_mask, far.expand(len(blocks.window_mask), -1, -1, -1)], -1)
+    places = torch.arange(k.shape[2], device=k.device)
+    query, sink = places[:, None], places[:count]
+    far = query // size - sink // size > 1 if options["terrace"] else query - sink >= size
+    return Sinks(k[:, :, :count], v[:, :, :count], far[None], (places < count)[None])
+
+
+def _with_sinks(blocks: _Blocks, sinks: Sinks) -> _Blocks:
+    """Append the sinks to the keys that every block sees."""
+    num_blocks, size, count = blocks.q.shape[2], blocks.q.shape[3], sinks.k.shape[2]
+    again = [x[:, :, None].expand(-1, -1, num_blocks, -1, -1) for x in (sinks.k, sinks.v)]
+    visible = F.pad(sinks.visible, (0, 0, 0, num_blocks * size - sinks.visible.shape[1]))
+    visible = visible.unflatten(1, (num_blocks, size))
+    rows = max(len(visible), len(blocks.window_mask))
+    window_mask = torch.cat([x.expand(rows, -1, -1, -1) for x in (blocks.window_mask, visible)], -1)
     linear_mask = None if blocks.linear_mask is None else F.pad(blocks.linear_mask, (0, count))
     return blocks._replace(
         k=torch.cat([blocks.k, again[0]], 3),
@@ -188,8 +218,8 @@ def _with_sinks(blocks: _Blocks, k: Tensor, v: Tensor, options: dict[str, Any], 
     )
 
 
-def _one_block(q, k, v, _map, options, _past, state, key_mask, segment_ids) -> _Blocks:
-    """Few queries (decode, short prompts): one block holds them all, in no need of sinks or terraces."""
+def _one_block(q, k, v, _map, options, past, state, key_mask, segment_ids) -> _Blocks:
+    """Few queries (decode, short prompts): one block holds them all, in no need of terraces."""
     num_queries, num_keys, window_size = q.shape[2], k.shape[2], options["window_size"]
     query_pos = torch.arange(num_keys - num_queries, num_keys, device=q.device)
     distance = query_pos[:, None] - torch.arange(num_keys, device=q.device)
@@ -198,14 +228,16 @@ def _one_block(q, k, v, _map, options, _past, state, key_mask, segment_ids) -> _
         visible = visible & key_mask[:, None, None, :] & key_mask[:, None, -num_queries:, None]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    linear_mask = visible & (distance >= window_size) if num_keys > window_size else None
+    linear_mask = None
+    if num_keys > window_size and options["linear"]:
+        linear_mask = visible & (distance >= window_size) & past[:, None, None, :]
     return _Blocks(
         q[:, :, None],
         k[:, :, None],
         v[:, :, None],
         visible & (distance < window_size),
         linear_mask,
-        None if state is None else state[:, :, None],
+        None if state is None or not options["linear"] else state[:, :, None],
         None if key_mask is None else key_mask[:, None, -num_queries:],
     )
 
@@ -213,14 +245,13 @@ def _one_block(q, k, v, _map, options, _past, state, key_mask, segment_ids) -> _
 def _window_blocks(q, k, v, feature_map_k, options, past, state, key_mask, segment_ids) -> _Blocks:
     """Many queries: blocks of `window_size`, each seeing itself, the block before, and the state of all others."""
     batch, num_queries, num_keys, size = q.shape[0], q.shape[2], k.shape[2], options["window_size"]
-    sink_k, sink_v = k, v
     num_blocks = math.ceil(num_queries / size)
     tail = num_blocks * size - num_queries
     head = size - (num_keys - num_queries)  # empty slots before the past keys, which fill block 0 from the right
     q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (num_blocks, size))
     k, v = (F.pad(x, (0, 0, head, tail)).unflatten(2, (num_blocks + 1, size)) for x in (k, v))
     real = torch.ones(1, num_keys, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
-    past = F.pad(past[None], (head, tail)).unflatten(1, (num_blocks + 1, size))
+    past = F.pad(past, (head, tail)).unflatten(1, (num_blocks + 1, size))
     real = F.pad(real, (head, tail)).unflatten(1, (num_blocks + 1, size))
     segments = None
     if segment_ids is not None:
@@ -233,20 +264,21 @@ def _window_blocks(q, k, v, feature_map_k, options, past, state, key_mask, segme
     if segments is not None:
         visible = visible & (segments[:, 1:, :, None] == _pairs(segments)[:, :, None, :])
     in_window = distance < (2 * size if options["terrace"] else size)
-    states, state_mask = _block_states(k, v, feature_map_k, real & past, segments, state)
+    states, state_mask = None, None
+    if options["linear"]:
+        states, state_mask = _block_states(k, v, feature_map_k, real & past, segments, state)
+        states = states.expand(batch, -1, -1, -1, -1)
     if state_mask is None and key_mask is not None:
         state_mask = real[:, 1:]
-    blocks = _Blocks(
+    return _Blocks(
         q,
         torch.cat([k[:, :, :-1], k[:, :, 1:]], dim=3),
         torch.cat([v[:, :, :-1], v[:, :, 1:]], dim=3),
         visible & in_window,
-        visible & ~in_window & _pairs(past)[:, :, None, :],
-        states.expand(batch, -1, -1, -1, -1),
+        visible & ~in_window & _pairs(past)[:, :, None, :] if options["linear"] else None,
+        states,
         state_mask,
     )
-    places = torch.arange(num_blocks * size, device=q.device).unflatten(0, (num_blocks, size))
-    return _with_sinks(blocks, sink_k, sink_v, options, places)
 
 
 def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, Tensor | None]:
@@ -277,7 +309,7 @@ def _block_states(k, v, feature_map_k, real, segments, state) -> tuple[Tensor, T
 
 
 def _attend(
-    blocks, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight, meta_logit
+    blocks, feature_map_q, feature_map_k, window_factor, scale, linear_weight, window_weight, meta_logit, softcap
 ) -> Tensor:
     """Evaluate the equation on every block and return (B, H, N·C, D), fp32."""
     kind = _precise(blocks.v)
@@ -285,6 +317,8 @@ def _attend(
     heads, size, dim = q.shape[1], q.shape[3], v.shape[4]
 
     scores = _grouped(q, k.shape[1]) @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.unflatten(3, (-1, size)).masked_fill(~blocks.window_mask[:, None, :, None], -torch.inf)
     top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
     if meta_logit is not None:
@@ -315,6 +349,8 @@ def _linear_branch(blocks, q, k, v, feature_map_q, feature_map_k) -> Tensor:
     """Σ φq·φk [v, 1] over the state and over the block's own keys past the window; (B, H, N, C, D + 1)."""
     heads, num_blocks, size = q.shape[1:4]
     dim = v.shape[-1]
+    if blocks.state is None and blocks.linear_mask is None:
+        return torch.zeros(*q.shape[:4], dim + 1, dtype=q.dtype, device=q.device)
     map_heads = feature_map_k.shape[0]
     phi_q = hedgehog_feature_map(q.flatten(2, 3), feature_map_q).unflatten(2, (num_blocks, size))
     phi_q = _grouped(phi_q, map_heads)  # (B, L, N, R·C, F)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +21,21 @@ from kit.convert.errors import ExitCode, KitError
 from kit.convert.pipeline import Options, convert, plan
 from kit.convert.progress import Progress
 from kit.convert.recipe import Recipe, RecipeConfig, allocate_stage, layer_stage, prepare_stage, train_stage
+from kit.modules.cache import carried_cache
 from kit.recipes import load_recipes
 
 VOCABULARY = 96
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = {  # every architecture that can be linearized, with what is special about it
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "olmo2": {},
+    "gpt2": {"num_key_value_heads": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +102,63 @@ def test_a_killed_train_stage_goes_on_where_it_was(converted, llama, tmp_path, i
     assert rest.left == 999  # of three updates
     before, after = (load_file(folder / "model.safetensors") for folder in (converted[0], output))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+STEPS = 100
+
+
+def long_training(model, output, *more):
+    """The command of a conversion that trains for a while."""
+    options = [f"transfer.steps={STEPS}", "transfer.batch_size=2", f"lora.steps={STEPS}", "lora.batch_size=2"]
+    command = [sys.executable, "-m", "kit.cli", "convert", model, "-r", "lolcats", "-o", output, "--num-samples", "6"]
+    command += ["--seq-len", "24", "--eval-tokens", "0", "--device", "cpu", "-q", "--set", "window_size=8", *more]
+    return command + [part for option in options for part in ("--set", option)]
+
+
+def test_a_process_killed_in_a_layer_and_in_lora_ends_with_the_losses_of_an_unbroken_one(llama, tmp_path):
+    """SIGKILL, twice; what is left on disk is all that the next process has."""
+    losses, states = {}, []
+    for name in ("whole", "killed"):
+        command = long_training(llama, tmp_path / name)
+        for wanted in ("attention_transfer-layer-0001", "low_rank") if name == "killed" else ():
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            work = tmp_path / ".killed.kit-work"
+            while process.poll() is None and not list(work.glob(f"*{wanted}*.training")):
+                time.sleep(0.002)
+            process.kill()
+            process.wait()
+            states.append([file.name for file in work.glob("*.training")])
+            command = long_training(llama, tmp_path / name, "--resume")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        stages = json.loads((tmp_path / name / "kit_report.json").read_text())["stages"]
+        losses[name] = [entry["losses"] for stage in stages.values() for entry in stage]
+        assert (tmp_path / name / "kit_losses.png").read_bytes()[1:4] == b"PNG"
+    assert [len(names) for names in states] == [1, 1]
+    assert [len(curve) for curve in losses["whole"]] == [STEPS] * 4
+    for whole, killed in zip(losses["whole"], losses["killed"], strict=True):
+        assert killed[-1] == pytest.approx(whole[-1], abs=1e-5)
+        assert killed == pytest.approx(whole, abs=1e-5)
+
+
+def test_activations_on_disk_make_the_same_model(converted, llama, tmp_path):
+    checkpoint, options = open_checkpoint(str(llama)), {"eval_tokens": 0, "device": "cpu"}
+    items = {i.what: i.value for i in plan(checkpoint, lolcats(), Options(tmp_path / "o", activations="disk"))}
+    assert items["activations"].endswith("on disk")
+    convert(checkpoint, lolcats(), Options(tmp_path / "out", activations="disk", **options), Progress())
+    first, second = (load_file(f / "model.safetensors") for f in (converted[0], tmp_path / "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(KitError, match="cannot live in 'tape'"):
+        plan(checkpoint, lolcats(), Options(tmp_path / "o", activations="tape"))
+
+
+def test_activations_go_to_disk_where_memory_is_short(llama, tmp_path, monkeypatch):
+    needed = 5 * 8 * 40 * 48 * 4  # of rows, tokens, hidden size and bytes
+    checkpoint = open_checkpoint(str(llama))
+    for free, place in ((2 * needed - 1, "on disk"), (2 * needed, "in memory")):
+        monkeypatch.setattr("kit.convert.pipeline.free_memory", lambda device, free=free: free)
+        items = {item.what: item.value for item in plan(checkpoint, lolcats(), Options(tmp_path / "o"))}
+        assert items["activations"] == f"up to {needed / 1e6:.1f} MB {place}"
 
 
 def test_only_what_the_recipe_trains_has_changed(converted, llama):
@@ -177,7 +246,7 @@ def test_saved_from_a_kit_loaded_model_it_still_carries_its_code(converted, tmp_
         torch.testing.assert_close(got["logits"], load(str(converted[0]))(ids()).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, True)])
 def test_families_dtypes_and_tying(make_model, tmp_path, family, dtype, tied):
     source = make_model(family, dtype=dtype, tie_word_embeddings=tied)
@@ -192,13 +261,42 @@ def test_families_dtypes_and_tying(make_model, tmp_path, family, dtype, tied):
         assert model(ids()).logits.isfinite().all()
 
 
-def test_an_untrained_conversion_with_a_long_window_is_the_original(llama, tmp_path):
-    recipes = lolcats("window_size=64", "transfer.steps=0", "lora.steps=0")
-    run(llama, tmp_path / "out", recipes)
-    base = AutoModelForCausalLM.from_pretrained(llama).eval()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_conversion_with_a_long_window_is_the_original(make_model, tmp_path, family):
+    source = make_model(family, **FAMILIES[family])
+    run(source, tmp_path / "out", lolcats("window_size=64", "transfer.steps=0", "lora.steps=0"))
+    base = AutoModelForCausalLM.from_pretrained(source).eval()
     with torch.no_grad():
         want, got = base(ids()).logits, load(str(tmp_path / "out"))(ids()).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_every_family_trains_and_loads_without_kit(make_model, tmp_path, logits_without_kit, family):
+    source, out = make_model(family, **FAMILIES[family]), tmp_path / "out"
+    report = run(source, out, lolcats("distill.steps=2", "distill.batch_size=2", "transfer.steps=30"))
+    stages = report["stages"]
+    trained = [layer for layer in stages["lolcats.attention_transfer"] if layer]
+    assert len(trained) == (3 if "sliding_window" not in FAMILIES[family] else 1)
+    assert all(layer["relative_error"] < layer["relative_error_before"] for layer in trained)
+    assert stages["lolcats.low_rank_linearizing"][0]["trained_parameters"] > 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, out))
+    assert all("linear_attention" in name for name in after.keys() - before.keys())
+    model = load(str(out))
+    with torch.no_grad():
+        want = model(ids(), use_cache=False).logits
+        steps = torch.cat([o.logits for o in stepped(model, ids(), [9, 1, 1, 30, 9])], 1)
+        torch.testing.assert_close(steps, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_without_kit(out, ids(), trust_remote_code=True), want, atol=1e-5, rtol=1e-5)
+
+
+def stepped(model, tokens, splits):
+    """Outputs of a text that comes in parts."""
+    cache = {}
+    for part in tokens.split(splits, 1):
+        out = model(part, use_cache=True, **cache)
+        cache = carried_cache(out)
+        yield out
 
 
 def test_an_exact_recipe_file_makes_the_same_model_again(llama, converted, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.pytorch_utils import Conv1D
 
 import kit.modules
 from kit.modules import modeling
@@ -12,22 +13,31 @@ WINDOW = 64
 FAMILIES = sorted(modeling.FAMILIES)
 
 
+EXTRA = {
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 0},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
+    "gemma2": {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 20},
+    "gemma3_text": {"query_pre_attn_scalar": 20},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}
+
+
 def make(family="llama", heads=3, kv_heads=1, window=WINDOW, maps="kv", layers=2, **extra):
     config_class = getattr(modeling, f"Kit{modeling.FAMILIES[family]}Config")
-    if family.startswith("qwen"):
-        extra |= {"use_sliding_window": True, "max_window_layers": 0}
+    extra = EXTRA.get(family, {}) | extra
+    if family != "gpt2":
+        extra |= {"intermediate_size": 64, "num_key_value_heads": kv_heads, "head_dim": 16}
+    extra = {
+        "layer_types": ["hybrid_sliding"] * layers,
+        "linear_attention": {"feature_dim": 16, "feature_map_heads": maps, "window_factor": 0.3},
+    } | extra
     config = config_class(
         hidden_size=48,
-        intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=16,
         vocab_size=97,
         max_position_embeddings=512,
         sliding_window=window,
-        layer_types=["hybrid_sliding"] * layers,
-        linear_attention={"feature_dim": 16, "feature_map_heads": maps, "window_factor": 0.3},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
@@ -37,7 +47,7 @@ def make(family="llama", heads=3, kv_heads=1, window=WINDOW, maps="kv", layers=2
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for module in model.modules():  # spread the weights, so that attention is far from uniform
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear | Conv1D):
             torch.nn.init.normal_(module.weight, std=0.3)
         if isinstance(module, HybridLinearAttention):
             torch.nn.init.normal_(module.feature_map_q)
@@ -60,7 +70,7 @@ def test_every_family_registers_and_attends_through_our_layer(family):
     model = make(family)
     assert type(model).__name__ == f"Kit{modeling.FAMILIES[family]}ForCausalLM"
     assert model.config.model_type == f"kit_{family}"
-    assert type(AutoModel.from_config(model.config)) is type(model.model)
+    assert type(AutoModel.from_config(model.config)) is type(model.base_model)
     with branch_weights(model, 0, 0):
         zeroed = model(tokens(80)).logits
     assert not torch.allclose(zeroed, model(tokens(80)).logits)
@@ -135,13 +145,69 @@ def test_packed_sequences_do_not_see_each_other(family):
 def test_a_window_as_long_as_the_text_is_the_original_model(family):
     model = make(family, window=64)
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "layer_types", "auto_map")}
-    values |= {"sliding_window": None, "use_sliding_window": False}
-    base_config = type(model.config).__mro__[1](**values)
-    base = AutoModelForCausalLM.from_config(base_config, attn_implementation="sdpa").eval()
+    own = 512 if family.startswith("gemma") else None
+    values |= {"sliding_window": own, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}
+    base_config = type(model.config).__mro__[2](**values)
+    base = AutoModelForCausalLM.from_config(base_config, attn_implementation="eager").eval()
     missing, unexpected = base.load_state_dict(model.state_dict(), strict=False)
     assert not missing
     assert all("linear_attention" in name for name in unexpected)
     ids = tokens(60)
+    torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "phi3", "olmo2", "gpt2"])
+@pytest.mark.parametrize("kind", ["window", "linear", "gated", "full"])
+def test_every_kind_of_layer_in_families_unlike_llama(family, kind):
+    section = {"mixers": [kind, "hybrid"], "num_sinks": 2, "feature_dim": 16, "feature_map_heads": "kv"}
+    kinds = ["full_attention" if kind == "full" else "hybrid_sliding", "hybrid_sliding"]
+    model, ids = make(family, window=8, linear_attention=section, layer_types=kinds), tokens(30)
+    cache = DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 1, 20, 3], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+
+
+SLIDING = ["sliding_attention", "hybrid_sliding", "sliding_attention", "hybrid_sliding"]
+
+
+def mixed(family, window, own, heads=3):
+    """A model whose sliding layers have kept their windows of `own` keys, and whose full ones are hybrids."""
+    section = {"mixers": ["full", "hybrid"] * 2, "base_windows": [own, None] * 2, "window_size": window, "num_sinks": 2}
+    section |= {"feature_dim": 16, "feature_map_heads": "kv", "window_factor": 0.3}
+    cached = max(window, own)
+    return make(family, heads, layers=4, window=cached, layer_types=SLIDING, linear_attention=section)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize(("window", "own"), [(5, 9), (9, 5), (7, 7)])
+def test_layers_that_keep_a_sliding_window_of_their_own(family, window, own):
+    model, ids = mixed(family, window, own), tokens(40)
+    want = model(ids, use_cache=False).logits
+    for splits in ([40], [1] * 40, [3, 17, 1, 19]):
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)):
+            parts = [model(part, past_key_values=cache).logits for part in ids.split(splits, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-4, rtol=1e-4)
+    padded = torch.nn.functional.pad(ids, (6, 0))
+    mask = (torch.arange(46) >= 6).long().expand(3, -1)
+    cache = DynamicCache(config=model.config)
+    out = [model(padded[:, :30], attention_mask=mask[:, :30], past_key_values=cache).logits[:, 6:]]
+    for at in range(30, 46):
+        out.append(model(padded[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(out, 1), want, atol=1e-4, rtol=1e-4)
+    sizes = [layer.keys.shape[2] for layer in cache.layers]
+    assert sizes == [max(window, own) - 1] * 4  # none grows
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_kept_sliding_layers_and_long_windows_are_the_original_model(family):
+    model, ids = mixed(family, 64, 9), tokens(60)
+    drop = ("model_type", "layer_types", "auto_map", "linear_attention", "rope_parameters")
+    values = {k: v for k, v in model.config.to_dict().items() if k not in drop}
+    kinds = [kind.replace("hybrid_sliding", "full_attention") for kind in SLIDING]
+    config = type(model.config).__mro__[2](**values | {"sliding_window": 9, "layer_types": kinds})
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    missing, _ = base.load_state_dict(model.state_dict(), strict=False)
+    assert not missing
     torch.testing.assert_close(model(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -175,7 +241,7 @@ def test_the_cache_is_constant_in_length_and_its_state_is_fp32():
         assert layer.recurrent_states[0].dtype == torch.float32
         sizes.append(layer.keys.numel() + layer.values.numel() + layer.recurrent_states[0].numel())
     assert sizes[0] == sizes[1]
-    assert layer.recurrent_states[0].shape == (3, 1, 32, 17)
+    assert layer.recurrent_states[0].shape == (3, 1 * 32 * 17)
 
 
 def test_no_mask_of_the_square_of_the_length_is_built():
@@ -217,7 +283,7 @@ def test_ablations_take_branches_away():
 def test_linear_weight_zero_in_the_config_is_sliding_window_attention():
     model, ids = make("mistral", window=8), tokens(40)
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "layer_types")}
-    base = AutoModelForCausalLM.from_config(type(model.config).__mro__[1](**values), attn_implementation="sdpa").eval()
+    base = AutoModelForCausalLM.from_config(type(model.config).__mro__[2](**values), attn_implementation="sdpa").eval()
     base.load_state_dict(model.state_dict(), strict=False)
     for layer in model.model.layers:
         layer.self_attn.linear_attention.linear_weight = 0.0

@@ -28,7 +28,8 @@ def test_every_recipe_has_a_preset_of_its_name_a_summary_and_described_options()
 
 
 def test_stages_run_in_the_order_in_which_they_are_written():
-    assert [stage.method for stage in available()["lolcats"].stages()] == ["attention_transfer", "low_rank_linearizing"]
+    stages = ["layer_sensitivity", "attention_transfer", "logit_distillation", "low_rank_linearizing"]
+    assert [stage.method for stage in available()["lolcats"].stages()] == stages
 
 
 def test_overrides_reach_nested_options():

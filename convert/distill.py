@@ -1,0 +1,265 @@
+"""Losses that teach a linearized model what its base does: layer by layer, and on the logits.
+
+The teacher is never a second model: it is the same layer, or the same model, with the new attention switched off. Where
+all weights are trained, the base's weights are kept beside them in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kit.convert.streaming import Recorder
+from kit.families import family_of
+from kit.kernels.logit_kl import kl_and_gradient
+from kit.modules.linear_attention import Mixer, Step, branch_weights, causal_places, original_attention, softmax_scores
+from kit.modules.modeling import packed_segments
+
+if TYPE_CHECKING:
+    from kit.convert.recipe import Layer
+
+LINEAR_ONLY = (1.0, 0.0)
+LOGITS_AT_ONCE = 2**27  # tokens x vocabulary of a chunk of the logit loss: 512 MiB in fp32
+SCORES_AT_ONCE = 2**24  # B x H x C x T of a chunk of the attention-weight loss: 64 MiB in fp32
+
+
+class WindowDropout:
+    """Decides, pass by pass, whether the softmax window is left out of training (arXiv:2510.05901).
+
+    The decision depends on the seed, the update and the rows alone, so a resumed training takes the same ones.
+
+    Args:
+        share: of the passes without a window at the start and at the end; linear between.
+        steps: updates in all.
+        linear_steps: so many updates at the start never have a window.
+        seed: of the decisions.
+    """
+
+    def __init__(self, share: tuple[float, float], steps: int, linear_steps: int, *, seed: int) -> None:
+        self.share, self.steps, self.seed, self.linear_steps = share, steps, seed, linear_steps
+        self.step = 0
+
+    def at_step(self, step: int) -> None:
+        """Tell which update comes next."""
+        self.step = step
+
+    def drops(self, rows: Tensor) -> bool:
+        """Whether the window is left out for these rows."""
+        if self.step < self.linear_steps:
+            return True
+        done = (self.step - self.linear_steps) / max(self.steps - self.linear_steps - 1, 1)
+        share = self.share[0] + (self.share[1] - self.share[0]) * done
+        return random.Random(f"{self.seed}:{self.step}:{rows.tolist()}").random() < share
+
+    def applied(self, model: nn.Module, rows: Tensor) -> Any:
+        """Context in which the model has its window, or has not."""
+        return branch_weights(model, *LINEAR_ONLY) if self.drops(rows) else nullcontext()
+
+
+class LayerTeacher:
+    """One attention layer, the hidden states that enter it, and what its heads gave as softmax attention.
+
+    Args:
+        layer: a layer of a stage that propagates the original model.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        assert layer.inputs is not None
+        inputs, targets = (Recorder(layer.model.scratch, len(layer.inputs.hidden)) for _ in range(2))
+        self.model, self.index, self.device = layer.model, layer.index, layer.device
+        original = layer.model.attention(layer.original)
+        with watched(original, layer.model.output_projection(layer.original), inputs.add, targets.add):
+            layer.advance()
+        self.inputs, self.targets = inputs.tensor, targets.tensor
+        self.attention, self.output = layer.model.attention(layer.module), layer.model.output_projection(layer.module)
+        self.positions = layer.inputs.position_ids
+
+    def run(self, rows: Any, length: int | None = None) -> None:
+        """Run the attention layer on rows of hidden states, and on their first tokens only if a length is given."""
+        hidden = self.inputs[rows, :length].to(self.device)
+        where = self.positions[rows, :length].to(self.device)
+        self.attention(
+            hidden_states=hidden,
+            position_embeddings=self.model.position_embeddings(hidden, where, self.index),
+            attention_mask=None,
+            segment_ids=packed_segments(where),
+        )
+
+    def output_error(self, rows: Any) -> Tensor:
+        """Mean squared error of the heads' outputs, before o_proj."""
+        outputs: list[Tensor] = []
+        with watched(self.attention, self.output, None, outputs.append):
+            self.run(rows)
+        return F.mse_loss(outputs[0].float(), self.targets[rows].to(self.device).float())
+
+    def weight_error(self, rows: Any) -> Tensor:
+        """Cross-entropy of the attention weights with softmax's as labels (Hedgehog, arXiv:2402.04347, Eq. 4)."""
+        mixer = self.attention.linear_attention
+        with torch.no_grad(), original_attention(self.attention), queries_keys(mixer) as asked:
+            self.run(rows)
+        with queries_keys(mixer) as given:
+            self.run(rows)
+        (q, k, step), (teacher_q, teacher_k, _) = given[0], asked[0]
+        return weight_loss(mixer, q, k, step, teacher_q, teacher_k)
+
+    def relative_error(self, num_rows: int) -> float:
+        """Output error over the targets' variance, on the first rows."""
+        rows = torch.arange(min(len(self.inputs), num_rows))
+        with torch.no_grad():
+            return float(self.output_error(rows) / self.targets[rows].float().var())
+
+
+def weight_loss(mixer: Mixer, q: Tensor, k: Tensor, step: Step, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:
+    """Mean over queries of −Σ_j p_ij log a_ij, p softmax's attention weights and a the layer's, normalised.
+
+    Scores are made for a chunk of queries at a time, and made again in the backward pass.
+
+    Args:
+        mixer: the layer's attention.
+        q, k: (B, H, T, D) and (B, G, T, D), as the layer gets them.
+        step: what else it gets.
+        teacher_q, teacher_k: the same as softmax attention gets them.
+    """
+    batch, heads, length = q.shape[:3]
+    _, causal = causal_places(step, length, q.device)
+    if step.base_window is not None:
+        at = torch.arange(length, device=q.device)
+        causal = causal & (at[:, None] - at < step.base_window)
+
+    def part(q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
+        log_a = mixer.log_weights(q, k, step, start, stop).log_softmax(-1)
+        scores = softmax_scores(teacher_q[:, :, start:stop], teacher_k, step.scale, step.softcap)
+        visible = causal[:, None, start:stop].expand(log_a.shape)
+        p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        return -(p * log_a.clamp(min=-100.0)).sum()  # softmax sees what a window without linear branch cannot: p log 0
+
+    size = max(SCORES_AT_ONCE // (batch * heads * length), 1)
+    parts = [
+        checkpoint(part, q, k, start, min(start + size, length), use_reentrant=False)
+        for start in range(0, length, size)
+    ]
+    return torch.stack(parts).sum() / (batch * heads * length)
+
+
+@contextmanager
+def queries_keys(mixer: Mixer) -> Iterator[list[tuple[Tensor, Tensor, Step]]]:
+    """Record q (B, H, T, D), k (B, G, T, D) and the step that a layer's attention gets."""
+    seen: list[tuple[Tensor, Tensor, Step]] = []
+    hook = mixer.register_forward_pre_hook(lambda _, args: seen.append((args[0], args[1], args[3])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def watched(
+    attention: Any, output: Any, see_input: Callable[[Tensor], None] | None, see_output: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """Hand over what enters an attention layer (B, T, hidden) and what enters its output projection (B, T, H·D)."""
+    hooks = [output.register_forward_pre_hook(lambda _, args: see_output(args[0]))]
+    if see_input is not None:
+
+        def look(_: Any, args: tuple, named: dict[str, Any]) -> None:
+            see_input(args[0] if args else named["hidden_states"])
+
+        hooks.append(attention.register_forward_pre_hook(look, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """KL of two sets of logits, mean over tokens; logits exist for a chunk of tokens at a time, and never for backward.
+
+    The gradient of a chunk's logits is (softmax(s) − softmax(t)) / N, so it is spent at once on the hidden states and
+    the head, and only those gradients are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, cap: float | None
+    ):
+        kind = teacher_hidden.dtype
+        head = weight.to(kind)
+        size = max(LOGITS_AT_ONCE // len(head), 1)
+        total = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), size):
+            at = slice(start, start + size)
+            h = hidden[at].to(kind)
+            kl, gradient = kl_and_gradient(h @ head.mT, teacher_hidden[at] @ teacher_weight.mT, 1 / len(hidden), cap)
+            total += kl.sum()
+            if d_hidden is not None:
+                d_hidden[at] = (gradient @ head).to(hidden.dtype)
+            if d_weight is not None:
+                d_weight += gradient.mT @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        d_hidden, d_weight = ctx.saved_tensors
+        return *(None if x is None else x * grad.to(x.dtype) for x in (d_hidden, d_weight)), None, None, None
+
+
+def logit_kl(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, softcap: float | None = None
+) -> Tensor:
+    """Mean over tokens of KL(teacher ‖ student) in nats, and its gradient, without the logits of all tokens at once.
+
+    Args:
+        hidden: (..., d), after the final norm.
+        weight: (V, d), the output head.
+        teacher_hidden, teacher_weight: the same of the teacher; products are in the dtype of its hidden states.
+        softcap: logits are softcap · tanh(logits / softcap), as Gemma 2 has it.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        flat, teacher = hidden.flatten(0, -2), teacher_hidden.flatten(0, -2).detach()
+        return _ChunkedKL.apply(flat, weight, teacher, teacher_weight.detach().to(teacher.dtype), softcap)
+
+
+def logit_loss(
+    model: Any, base_weights: dict[str, Tensor] | None, adapters_off: Callable[[], Any] = nullcontext
+) -> Callable[..., Tensor]:
+    """Make the KL loss of a linearized model against its base, as a function of `input_ids` and `position_ids`.
+
+    Weights that are trained in fp32 run rounded to the dtype of the base's, as they will be written: activations are
+    half as large then as autocast would make them.
+
+    Args:
+        model: the linearized causal language model.
+        base_weights: the base's, by name, where the model's own change; None: they do not.
+        adapters_off: context in which the model has no adapters.
+    """
+    body, head = model.base_model, model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    prefix = f"{model.base_model_prefix}."
+    embedding = f"{prefix}{family_of(model.config.model_type).embedding}.weight"
+    inner = {n.removeprefix(prefix): value for n, value in (base_weights or {}).items() if n.startswith(prefix)}
+
+    def loss(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        with torch.no_grad(), original_attention(model), adapters_off():
+            if base_weights is None:
+                teacher, teacher_head = body(**inputs).last_hidden_state, head.weight
+            else:
+                teacher = torch.func.functional_call(body, inner, kwargs=inputs).last_hidden_state
+                teacher_head = base_weights["lm_head.weight" if "lm_head.weight" in base_weights else embedding]
+        rounded = {
+            n: p.to(teacher.dtype) for n, p in body.named_parameters() if n in inner and p.dtype != teacher.dtype
+        }
+        hidden = torch.func.functional_call(body, rounded, kwargs=inputs).last_hidden_state
+        return logit_kl(hidden, head.weight, teacher, teacher_head, cap)
+
+    return loss

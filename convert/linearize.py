@@ -1,0 +1,551 @@
+"""What recipes share that replace softmax attention: which layers, how they are built, and how they are trained.
+
+A recipe says what stands in for attention (`mixer`) and which of these stages it runs with which options:
+
+1. `layer_sensitivity`: how much each layer matters to the logits, where layers are kept by measurement.
+2. `attention_transfer`: each layer alone learns what softmax attention gives on the base's hidden states.
+3. `logit_distillation`: the whole model learns the base's next-token distributions.
+4. `low_rank_linearizing`: LoRA with the next-token loss.
+
+A stage without steps is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from kit.convert.errors import ExitCode, KitError
+from kit.convert.inspect import cache_bytes
+from kit.convert.recipe import (
+    Layer,
+    ModelFacts,
+    PlanItem,
+    Recipe,
+    RecipeConfig,
+    SearchRun,
+    Stage,
+    TrainConfig,
+    TrainRun,
+    layer_stage,
+    search_stage,
+    train_stage,
+)
+from kit.families import TABLE, family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kit.convert.distill import LayerTeacher
+
+SAVE_EVERY = 250  # updates of all weights between two writes of the training's state, three times the model in fp32
+Layers = str | list[int] | None
+
+
+class WindowDropoutConfig(TrainConfig):
+    """A training loop in which the softmax window can be left out, so that the linear branch learns to do without."""
+
+    linear_steps: int = Field(0, ge=0, description="Of the steps, so many at the start train the linear branch alone.")
+    window_dropout: float = Field(
+        0.0, ge=0, le=1, description="Share of the other passes without a window, at their start (arXiv:2510.05901)."
+    )
+    window_dropout_end: float | None = Field(
+        None, ge=0, le=1, description="The share at the end; linear between. None: the same."
+    )
+
+
+class TransferConfig(WindowDropoutConfig):
+    """Attention transfer: the training loop of each layer."""
+
+    learning_rate: float = Field(3e-2, gt=0, description="Peak learning rate of AdamW.")
+    loss: Literal["output", "weights"] = Field(
+        "output",
+        description="output: 1000 · squared error of the heads' outputs; weights: cross-entropy of attention weights.",
+    )
+
+
+class DistillConfig(WindowDropoutConfig):
+    """Logit distillation: KL to the base's next-token distribution."""
+
+    steps: int = Field(0, ge=0, description="Optimizer updates; 0 skips the stage.")
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    parameters: Literal["all", "lora"] = Field(
+        "all", description="all: every weight; lora: adapters on the attention's projections, and what is new."
+    )
+    rank: int = Field(8, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(16, gt=0, description="LoRA scale: the update is alpha / rank · B A.")
+
+
+class LoraTrainConfig(TrainConfig):
+    """Low-rank linearizing: the training loop's options and the adapter's."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    rank: int = Field(8, ge=1, description="Rank of the LoRA adapters.")
+    alpha: float = Field(16, gt=0, description="LoRA scale: the update is alpha / rank · B A.")
+    target_modules: list[str] | None = Field(
+        None,
+        description="Linears that get an adapter. None: the attention's projections, whatever the family calls them.",
+    )
+
+
+class LinearizeConfig(RecipeConfig):
+    """Options of every recipe that replaces softmax attention."""
+
+    window_size: int = Field(64, ge=3, description="Keys a query sees through softmax, itself and sinks included.")
+    num_sinks: int = Field(4, ge=0, le=16, description="First tokens of a sequence that stay in the window for good.")
+    keep_full: Layers = Field(
+        None,
+        description='Layers that keep softmax attention: a list, "25%" (the most sensitive), or "1/4" (every 4th).',
+    )
+    keep_window: Layers = Field(
+        None, description='Layers that get the window alone: a list, or "25%" (the least sensitive).'
+    )
+    sensitivity_rows: int = Field(4, ge=1, description="Rows of data that layers' sensitivity is measured on.")
+
+
+class LearnedConfig(LinearizeConfig):
+    """Options of every recipe whose attention has to be learned."""
+
+    feature_dim: int | None = Field(
+        None, ge=1, description="Columns of a feature map; φ has twice as many features. None: the head dim."
+    )
+    feature_map_heads: Literal["kv", "query"] = Field(
+        "kv",
+        description="One key map and one state a key/value head (keeps GQA's savings) or a query head (as the papers).",
+    )
+    transfer: TransferConfig = Field(default_factory=TransferConfig, description="Attention transfer, for each layer.")
+    distill: DistillConfig = Field(default_factory=DistillConfig, description="KL to the base's logits.")
+    lora: LoraTrainConfig = Field(
+        default_factory=lambda: LoraTrainConfig(steps=0), description="LoRA with the next-token loss."
+    )
+
+
+class Linearize(Recipe):
+    """Base of the recipes that replace softmax attention.
+
+    Attributes:
+        mixer: what stands in for it; a kind of `kit.modules.linear_attention`.
+    """
+
+    families = tuple(TABLE)
+    bundle_entry = "kit.modules.modeling"
+    ablation_note = (
+        '"Window only", "linear only" and "attention zeroed" take a branch of the attention away from the converted '
+        'layers; "linear only" sees every key through φ, the near ones too.'
+    )
+    limits = (
+        "The recurrent state cannot be rolled back: assisted decoding, prompt look-up and quantized caches are "
+        "refused. Text far before the window is seen only through the linear branch; compare the rows above before "
+        "you rely on long-range recall."
+    )
+    mixer: ClassVar[str]
+    config: LinearizeConfig
+
+    def active_stages(self) -> list[Stage]:
+        """Stages with no steps, or nothing to choose, are left out."""
+        steps = {
+            "layer_sensitivity": int(any(_is_share(v) for v in (self.config.keep_full, self.config.keep_window))),
+            "attention_transfer": _steps(getattr(self.config, "transfer", None)),
+            "logit_distillation": _steps(getattr(self.config, "distill", None)),
+            "low_rank_linearizing": _steps(getattr(self.config, "lora", None)),
+        }
+        return [stage for stage in self.stages() if steps.get(stage.method, 1)]
+
+    def needs_data(self) -> bool:
+        """Only if a stage is active."""
+        return bool(self.active_stages())
+
+    def kinds(self, model: ModelFacts) -> list[str]:
+        """What each layer becomes; what is still to be measured counts as converted.
+
+        Layers that have a sliding window of their own between others that have none stay as they are.
+
+        Raises:
+            KitError: if an option names layers that there are not, or the same one twice.
+        """
+        num_layers = model.num_layers
+        full, window = (
+            self.allocation[name] if name in self.allocation else self._listed(name, num_layers)
+            for name in ("keep_full", "keep_window")
+        )
+        if both := set(full) & set(window):
+            raise self._usage(f"layer {min(both)} cannot be both", "keep_window", "name each layer once")
+        kinds = [self.mixer] * num_layers
+        for layers, kind in ((window, "window"), (full, "full")):
+            for index in layers:
+                kinds[index] = kind
+        return _with_sliding(model, kinds)
+
+    def _listed(self, name: str, num_layers: int) -> list[int]:
+        """The layers that an option names outright.
+
+        Raises:
+            KitError: if it cannot be read.
+        """
+        value: Layers = getattr(self.config, name)
+        if value is None or _is_share(value):
+            return []
+        if isinstance(value, str):
+            if name == "keep_full" and (period := re.fullmatch(r"1/([1-9]\d*)", value)):
+                return list(range(int(period[1]) - 1, num_layers, int(period[1])))
+            raise self._usage(
+                f"'{value}' names no layers", name, "write a list such as [0,7,15], a share such as 25%, or 1/4"
+            )
+        if wrong := [index for index in value if not 0 <= index < num_layers]:
+            raise self._usage(f"there is no layer {wrong[0]}", name, f"layers are 0 to {num_layers - 1}")
+        return sorted(set(value))
+
+    def _usage(self, problem: str, option: str, advice: str) -> KitError:
+        where = f"recipe {self.name}: {option}"
+        return KitError(problem, where=where, next_step=advice, exit_code=ExitCode.USAGE)
+
+    def section(self, model: ModelFacts) -> dict[str, Any]:
+        """The options in config.json beside layers and sinks."""
+        return {}
+
+    def cache_window(self) -> int:
+        """Keys that a query sees in the near window, itself included; transformers caches one fewer."""
+        return self.config.window_size - self.config.num_sinks
+
+    def build(self, model: ModelFacts) -> dict[str, Any]:
+        """config.json of the linearized model: the family's keys, ours, and transformers' cache layer types."""
+        return self._built(model, self.kinds(model))
+
+    def _built(self, model: ModelFacts, kinds: list[str]) -> dict[str, Any]:
+        config, family = model.config, model.model_type
+        kept = model.family.sliding_layers(config)
+        types = {True: "sliding_attention", False: "full_attention"}
+        window = {"window_size": self.cache_window()} if any(kept) else {}
+        return config | {
+            "model_type": f"kit_{family}",
+            "architectures": [f"Kit{model.family.prefix}ForCausalLM"],
+            "layer_types": [
+                types[own] if kind == "full" else "hybrid_sliding" for kind, own in zip(kinds, kept, strict=True)
+            ],
+            # one window for all of transformers' cache layers: beside layers that keep a wider one, ours keep as many
+            "sliding_window": max(config["sliding_window"], self.cache_window()) if any(kept) else self.cache_window(),
+            **({"use_sliding_window": True} if "use_sliding_window" in config or family.startswith("qwen") else {}),
+            "linear_attention": {
+                "mixers": kinds,
+                "num_sinks": self.config.num_sinks,
+                "base_windows": _base_windows(model),
+                **window,
+                **self.section(model),
+            },
+        }
+
+    def plan(self, model: ModelFacts) -> list[PlanItem]:
+        """Check architecture, projections and their shapes, and options; say what the cache will cost.
+
+        Raises:
+            KitError: on another architecture, projections that do not have the shapes that config.json says, or
+                options that do not fit.
+        """
+        super().plan(model)
+        _check_projections(model)
+        if self.config.num_sinks > self.config.window_size - 2:
+            raise self._usage(
+                f"{self.config.num_sinks} sinks leave no window of {self.config.window_size}",
+                "num_sinks",
+                "use a larger window_size, or fewer sinks",
+            )
+        if self.config.data.seq_len <= self.config.window_size and self.needs_data():
+            raise KitError(
+                f"rows of {self.config.data.seq_len} tokens never leave a window of {self.config.window_size}",
+                where=f"recipe {self.name}: data.seq_len",
+                next_step="use a seq_len of several windows, or a smaller window_size",
+                exit_code=ExitCode.USAGE,
+            )
+        kinds, sliding = self.kinds(model), model.family.sliding_layers(model.config)
+        free = [index for index, kind in enumerate(kinds) if not sliding[index] and kind == self.mixer]
+        count = len(sliding) - sum(sliding)
+        shares = [_share(value, count) for value in (self.config.keep_full, self.config.keep_window)]
+        if sum(shares) > len(free):
+            raise self._usage("more layers are kept than there are", "keep_full", "keep fewer layers")
+        for index, kind in zip(free, ["full"] * shares[0] + ["window"] * shares[1], strict=False):
+            kinds[index] = kind  # which ones they will be does not matter here
+        window = kinds.count("window") * (self.mixer != "window")
+        full = kinds.count("full")
+        before = cache_bytes(model.config)["per_token"]
+        after = cache_bytes(self._built(model, kinds))
+        grows = f" and {after['per_token'] / 1e3:,.1f} kB a token" if after["per_token"] else ""
+        saved = before - after["per_token"]
+        at = f"as much at {after['constant'] / saved:,.0f} tokens" if saved > 0 else "never less"
+        return [
+            PlanItem("converted", f"{model.num_layers - full} of {model.num_layers} attention layers"),
+            *([PlanItem("kept", f"{sum(sliding)} layers with a sliding window of their own")] if any(sliding) else []),
+            *([PlanItem("window only", f"{window} of them")] if window else []),
+            PlanItem(
+                "cache",
+                f"{after['constant'] / 1e6:,.2f} MB a sequence{grows or ' at any length'} (fp32 state, bf16 window); "
+                f"before: {before / 1e3:,.1f} kB a token, {at}",
+            ),
+        ]
+
+    @search_stage
+    def layer_sensitivity(self, run: SearchRun) -> dict[str, Any]:
+        """Give each layer alone a window with sinks, and measure KL(base ‖ so changed) of the logits.
+
+        One pass over the layers: at each of them all models that differ in an earlier one go on side by side.
+
+        Returns:
+            `sensitivity`: the KL of each layer, in nats a token; `keep_full`, `keep_window`: the layers chosen.
+        """
+        from kit.convert.sensitivity import window_sensitivity
+
+        facts = run.facts
+        sliding = facts.family.sliding_layers(facts.config)
+        config = self._built(facts, _with_sliding(facts, ["window"] * facts.num_layers))
+        rows = slice(self.config.sensitivity_rows)
+        found = window_sensitivity(run, config, run.rows.input_ids[rows], run.rows.position_ids[rows], self.name)
+        ranked = sorted((i for i in range(len(found)) if not sliding[i]), key=lambda index: -found[index])
+        full = self._listed("keep_full", len(found)) or ranked[: _share(self.config.keep_full, len(ranked))]
+        rest = [index for index in reversed(ranked) if index not in full]
+        window = self._listed("keep_window", len(found)) or rest[: _share(self.config.keep_window, len(ranked))]
+        return {"sensitivity": found, "keep_full": sorted(full), "keep_window": sorted(window)}
+
+
+class LearnedLinearize(Linearize):
+    """Base of the recipes whose attention has to be learned."""
+
+    config: LearnedConfig
+
+    def section(self, model: ModelFacts) -> dict[str, Any]:
+        """Feature maps."""
+        return {"feature_dim": self._feature_dim(model), "feature_map_heads": self.config.feature_map_heads}
+
+    def _feature_dim(self, model: ModelFacts) -> int:
+        return self.config.feature_dim or model.heads[2]
+
+    def layer_parameters(self, model: ModelFacts) -> int:
+        """Parameters of a converted layer beside its feature maps."""
+        return 0
+
+    def new_parameters(self, model: ModelFacts) -> int:
+        """φq, φk and the rest of every converted layer."""
+        heads, kv_heads, head_dim = model.heads
+        key_maps = kv_heads if self.config.feature_map_heads == "kv" else heads
+        converted = self.kinds(model).count(self.mixer)
+        maps = (heads + key_maps) * head_dim * self._feature_dim(model)
+        return converted * (maps + self.layer_parameters(model))
+
+    def flops_per_parameter(self) -> float:
+        """Teacher pass, attention-only steps (about a fifth of a pass each way), and whole-model steps."""
+        row, active = self.config.data.seq_len, {stage.method for stage in self.active_stages()}
+        transfer, distill, lora = self.config.transfer, self.config.distill, self.config.lora
+        flops = 0.0
+        if "attention_transfer" in active:
+            flops += 2.0 * self.config.data.num_samples * row + 0.6 * transfer.steps * transfer.batch_size * row
+        if "logit_distillation" in active:
+            flops += (8 if distill.parameters == "all" else 6.5) * distill.steps * distill.batch_size * row
+        if "low_rank_linearizing" in active:
+            flops += 4.5 * lora.steps * lora.batch_size * row
+        return flops
+
+    def stage_rows(self, stage: Stage, num_rows: int) -> int:
+        """Attention transfer takes no more rows than its steps need."""
+        transfer = self.config.transfer
+        return min(num_rows, transfer.steps * transfer.batch_size) if stage.method == "attention_transfer" else num_rows
+
+    def start(self, teacher: LayerTeacher) -> None:
+        """Set parameters from data before a layer is trained, where a recipe does that."""
+
+    @layer_stage(propagate="original")
+    def attention_transfer(self, layer: Layer) -> dict[str, Any]:
+        """Train what is new in a layer until its heads give softmax attention's outputs, or its weights."""
+        from kit.convert.distill import LayerTeacher, WindowDropout
+        from kit.convert.train import fit
+
+        mixer = layer.model.attention(layer.module).linear_attention
+        parameters = [] if mixer is None else list(mixer.parameters())
+        if not parameters:
+            return {}
+        options, seed = self.config.transfer, self.config.seed + layer.index
+        teacher = LayerTeacher(layer)
+        before = teacher.relative_error(options.batch_size)
+        dropout = WindowDropout(*_dropout(options), seed=seed)
+
+        def loss(rows: Tensor) -> Tensor:
+            with dropout.applied(mixer, rows):
+                if options.loss == "weights":
+                    return teacher.weight_error(rows)
+                return 1000 * teacher.output_error(rows)
+
+        if options.linear_steps < options.steps:
+            self.start(teacher)
+        losses = fit(
+            parameters,
+            loss,
+            len(teacher.inputs),
+            options,
+            seed=seed,
+            device=layer.device,
+            name="transfer",
+            progress=layer.progress.silent(),
+            checkpoint=layer.state,
+            at_step=dropout.at_step,
+        )
+        return {
+            "losses": losses,
+            "loss_first": losses[0],
+            "loss_last": sum(losses[-10:]) / len(losses[-10:]),
+            "relative_error_before": before,
+            "relative_error": teacher.relative_error(options.batch_size),
+        }
+
+    @train_stage
+    def logit_distillation(self, run: TrainRun) -> dict[str, Any]:
+        """Train the model on KL(base ‖ model) of the next token; the base is the model with all that is new off."""
+        from contextlib import nullcontext
+
+        from kit.convert.distill import WindowDropout, logit_loss
+        from kit.convert.train import fit
+        from kit.modules.linear_attention import Mixer
+
+        options, model, rows = self.config.distill, run.model, run.rows
+        new = [p for module in model.modules() if isinstance(module, Mixer) for p in module.parameters()]
+        base_weights, peft, off = None, None, nullcontext
+        if options.parameters == "lora":
+            peft, trained = _with_adapters(model, options.rank, options.alpha, None)
+            trained, off = trained + new, peft.disable_adapter
+        else:
+            ours = {id(p) for p in new}
+            base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in ours}
+            trained = list(model.float().parameters())
+        dropout = WindowDropout(*_dropout(options), seed=self.config.seed)
+        loss_of = logit_loss(model, base_weights, off)
+
+        def loss(batch: Tensor) -> Tensor:
+            with dropout.applied(model, batch):
+                return loss_of(rows.input_ids[batch].to(run.device), rows.position_ids[batch].to(run.device))
+
+        with run.progress.task(f"{self.name}: logit_distillation, steps", options.steps):
+            losses = fit(
+                trained,
+                loss,
+                len(rows.input_ids),
+                options,
+                seed=self.config.seed,
+                device=run.device,
+                name="distill",
+                progress=run.progress,
+                checkpoint=run.state,
+                save_every=SAVE_EVERY,
+                at_step=dropout.at_step,
+            )
+        if peft is not None:
+            peft.merge_and_unload()
+        return {
+            "losses": losses,
+            "trained_parameters": sum(p.numel() for p in trained),
+            "tokens": _tokens(options, rows),
+        }
+
+    @train_stage
+    def low_rank_linearizing(self, run: TrainRun) -> dict[str, Any]:
+        """LoRA on the projections with the next-token loss; what is new stays as it is; adapters are merged."""
+        from kit.convert.train import fit
+
+        options = self.config.lora
+        model, trained = _with_adapters(run.model, options.rank, options.alpha, options.target_modules)
+        rows, device = run.rows, run.device
+        labels = rows.labels
+
+        def loss(batch: Tensor) -> Tensor:
+            return model(
+                input_ids=rows.input_ids[batch].to(device),
+                position_ids=rows.position_ids[batch].to(device),
+                labels=labels[batch].to(device),
+                use_cache=False,
+            ).loss
+
+        model.train()
+        with run.progress.task(f"{self.name}: low_rank_linearizing, steps", options.steps):
+            losses = fit(
+                trained,
+                loss,
+                len(rows.input_ids),
+                options,
+                seed=self.config.seed,
+                device=device,
+                name="lora",
+                progress=run.progress,
+                checkpoint=run.state,
+            )
+        model.eval()
+        model.merge_and_unload()
+        return {"losses": losses, "trained_parameters": sum(p.numel() for p in trained)}
+
+
+def _steps(options: TrainConfig | None) -> int:
+    return options.steps if options else 0
+
+
+def _dropout(options: WindowDropoutConfig) -> tuple[tuple[float, float], int, int]:
+    """Arguments of `WindowDropout`: shares, steps, steps without any window."""
+    end = options.window_dropout if options.window_dropout_end is None else options.window_dropout_end
+    return (options.window_dropout, end), options.steps, options.linear_steps
+
+
+def _tokens(options: TrainConfig, rows: Any) -> int:
+    return options.steps * min(options.batch_size, len(rows.input_ids)) * rows.input_ids.shape[1]
+
+
+def _with_adapters(model: Any, rank: int, alpha: float, targets: list[str] | None) -> tuple[Any, list[Any]]:
+    """A model with LoRA adapters, and their parameters."""
+    from peft import LoraConfig, get_peft_model
+
+    family = family_of(model.config.model_type)
+    targets = targets or [f"{family.attention}.{name}" for name in (*family.projections, family.output)]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=family.transposed)
+    adapted = get_peft_model(model, config)
+    return adapted, [parameter for name, parameter in adapted.named_parameters() if "lora_" in name]
+
+
+def _is_share(value: Layers) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?%", value) is not None
+
+
+def _share(value: Layers, num_layers: int) -> int:
+    """How many layers a share is: 25% of 30 are 8."""
+    return round(float(value[:-1]) / 100 * num_layers + 1e-9) if isinstance(value, str) and _is_share(value) else 0
+
+
+def _with_sliding(model: ModelFacts, kinds: list[str]) -> list[str]:
+    """The kinds, with layers kept that have a sliding window of their own."""
+    sliding = model.family.sliding_layers(model.config)
+    return ["full" if own else kind for kind, own in zip(kinds, sliding, strict=True)]
+
+
+def _base_windows(model: ModelFacts) -> list[int | None] | None:
+    """The sliding windows that the layers of a model have already; None if none has one."""
+    config = model.config
+    window = config.get("sliding_window")
+    if not window or config.get("use_sliding_window") is False:
+        return None
+    if any(sliding := model.family.sliding_layers(config)):
+        return [window if own else None for own in sliding]
+    kinds = config.get("layer_types") or ["sliding_attention"] * model.num_layers
+    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    return windows if any(windows) else None
+
+
+def _check_projections(model: ModelFacts) -> None:
+    """Refuse a model whose projections do not have the shapes that config.json says.
+
+    Raises:
+        KitError: naming the first.
+    """
+    family = model.family
+    for index in range(model.num_layers):
+        for name, shape in family.shapes(*model.heads, model.hidden_size).items():
+            tensor = f"{family.base}.{family.layers}.{index}.{family.attention}.{name}.weight"
+            if model.shapes.get(tensor) != shape:
+                raise KitError(
+                    f"'{tensor}' should have shape {shape}, the file has {model.shapes.get(tensor, 'none')}",
+                    where="config.json and the weights",
+                    next_step="check that they belong together; every layer must have "
+                    + ", ".join((*family.projections, family.output)),
+                )

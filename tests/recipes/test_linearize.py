@@ -1,0 +1,321 @@
+"""What the linearizing recipes share: layers, stages, losses; whole conversions that load with and without kit."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kit.convert.checkpoint import load, open_checkpoint
+from kit.convert.distill import WindowDropout, logit_kl, logit_loss, weight_loss
+from kit.convert.errors import ExitCode, KitError
+from kit.convert.inspect import cache_bytes
+from kit.convert.pipeline import Options, convert
+from kit.convert.progress import Progress
+from kit.convert.recipe import ModelFacts
+from kit.modules.linear_attention import MIXERS, Step, original_attention
+from kit.recipes import load_recipes
+
+SHORT = ["data.num_samples=8", "data.seq_len=40", "window_size=10"]
+TRAIN = ["transfer.steps=6", "transfer.batch_size=4", "distill.steps=4", "distill.batch_size=4"]
+RUNS = {
+    "window": [*SHORT, "keep_full=34%"],
+    "lolcats": [
+        *SHORT,
+        *TRAIN,
+        "lora.steps=2",
+        "keep_full=[1]",
+        "transfer.linear_steps=2",
+        "distill.window_dropout=0.5",
+    ],
+    "hedgehog": [*SHORT, *TRAIN, "keep_full=1/3"],
+    "lizard": [*SHORT, *TRAIN, "distill.parameters=lora", "keep_window=34%", "window_rope=true"],
+}
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "head_dim": 8,
+    "vocab_size": 64,
+}
+
+
+def facts(**change):
+    shapes = {}
+    for index in range(CONFIG["num_hidden_layers"]):
+        for name, shape in {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32)}.items():
+            shapes[f"model.layers.{index}.self_attn.{name}_proj.weight"] = shape
+    return ModelFacts(CONFIG | change, shapes)
+
+
+def ids(length=50, batch=2):
+    return torch.randint(4, 96, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def llama(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def converted(request, llama, tmp_path_factory):
+    """One conversion by each recipe: (recipe, folder, report)."""
+    folder = tmp_path_factory.mktemp(request.param) / "out"
+    recipes = load_recipes(request.param, RUNS[request.param])
+    report = convert(open_checkpoint(str(llama)), recipes, Options(folder, device="cpu", eval_tokens=0), Progress())
+    return request.param, folder, report
+
+
+def test_it_loads_with_and_without_kit_and_decodes_as_it_prefills(converted, logits_without_kit):
+    _, folder, _ = converted
+    model = load(str(folder), dtype="float32")
+    assert type(model).__name__ == "KitLlamaForCausalLM"
+    with torch.no_grad():
+        want = model(ids(), use_cache=False).logits
+        cache = DynamicCache(config=model.config)
+        steps = torch.cat([model(part, past_key_values=cache).logits for part in ids().split([30, 1, 1, 18], 1)], 1)
+    torch.testing.assert_close(steps, want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_without_kit(folder, ids(), True), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_killed_distillation_goes_on_where_it_was(llama, tmp_path, interrupt_training):
+    """With linear-only passes drawn at random on the way; also when it is killed in the stage after it."""
+    checkpoint, options = open_checkpoint(str(llama)), {"device": "cpu", "eval_tokens": 0}
+    found = []
+    for after in (None, 2, 5):
+        output, recipes = tmp_path / str(after), load_recipes("lolcats", RUNS["lolcats"])
+        if after is not None:
+            killed = interrupt_training(after)
+            with pytest.raises(KeyboardInterrupt):
+                convert(checkpoint, recipes, Options(output, **options), killed)
+        recipes = load_recipes("lolcats", RUNS["lolcats"])
+        convert(checkpoint, recipes, Options(output, resume=after is not None, **options), Progress())
+        found.append(load(str(output), dtype="float32").state_dict())
+    for other in found[1:]:
+        assert all(torch.equal(found[0][key], other[key]) for key in other)
+
+
+def test_layers_are_what_the_options_say_and_the_cache_costs_what_is_said(converted):
+    name, folder, report = converted
+    config = json.loads((folder / "config.json").read_text())
+    kinds = config["linear_attention"]["mixers"]
+    mixer = {"window": "window", "lolcats": "hybrid", "hedgehog": "linear", "lizard": "gated"}[name]
+    assert kinds.count("full") == (name != "lizard")
+    assert set(kinds) - {"full", "window"} <= {mixer}
+    if name in ("window", "lizard"):
+        found = report["allocation"][name]
+        order = sorted(range(3), key=found["sensitivity"].__getitem__)
+        assert kinds[order[-1] if name == "window" else order[0]] == ("full" if name == "window" else "window")
+    else:
+        assert kinds[{"lolcats": 1, "hedgehog": 2}[name]] == "full"
+    model = load(str(folder), dtype="bfloat16")
+    cache = model(ids(80, 1), use_cache=True).past_key_values
+    told = cache_bytes(config)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    real += sum(layer.recurrent_states[0].nbytes for layer in cache.layers if hasattr(layer, "recurrent_states"))
+    assert real == told["constant"] + 80 * told["per_token"]
+
+
+def test_stages_lower_what_they_minimise(converted):
+    name, _, report = converted
+    for metrics in report["stages"].get(f"{name}.attention_transfer", []):
+        assert not metrics or metrics["relative_error"] < metrics["relative_error_before"]
+    if name != "window":
+        losses = report["stages"][f"{name}.logit_distillation"][0]["losses"]
+        assert min(losses[1:]) < losses[0]
+
+
+def test_two_recipes_on_one_base_do_not_disturb_each_other(llama, tmp_path):
+    """Loaded side by side, used in turn, they give what each gives alone; so does the base."""
+    made, alone = {}, {}
+    for name in ("window", "hedgehog"):
+        recipes = load_recipes(name, [*SHORT, *(["transfer.steps=2", "distill.steps=0"] if name != "window" else [])])
+        convert(open_checkpoint(str(llama)), recipes, Options(tmp_path / name, device="cpu", eval_tokens=0), Progress())
+        made[name] = load(str(tmp_path / name), dtype="float32")
+        with torch.no_grad():
+            alone[name] = made[name](ids()).logits
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    with torch.no_grad():
+        want = base(ids()).logits
+        with original_attention(made["window"]):
+            for name, model in made.items():
+                got = model(ids(), use_cache=False).logits
+                torch.testing.assert_close(got, want if name == "window" else alone[name], atol=1e-4, rtol=1e-4)
+        for name, model in made.items():
+            assert torch.equal(model(ids()).logits, alone[name])
+            assert torch.equal(base(ids()).logits, want)
+
+
+def test_a_window_is_the_base_behind_a_mask(llama, tmp_path):
+    recipes = load_recipes("window", ["window_size=10", "num_sinks=3"])
+    convert(open_checkpoint(str(llama)), recipes, Options(tmp_path / "out", device="cpu", eval_tokens=0), Progress())
+    model, base = load(str(tmp_path / "out"), dtype="float32"), AutoModelForCausalLM.from_pretrained(llama)
+    at = torch.arange(50)
+    seen = (at[:, None] >= at) & ((at[:, None] - at < 7) | (at < 3))
+    with torch.no_grad():
+        want = base(ids(), attention_mask=seen.expand(2, 1, -1, -1)).logits
+        torch.testing.assert_close(model(ids()).logits, want, atol=1e-4, rtol=1e-4)
+
+
+def test_sensitivity_is_the_kl_of_one_changed_layer(llama, tmp_path):
+    recipes = load_recipes("window", [*SHORT, "keep_full=34%", "sensitivity_rows=2", "seed=5"])
+    report = convert(
+        open_checkpoint(str(llama)), recipes, Options(tmp_path / "out", device="cpu", eval_tokens=0), Progress()
+    )
+    from kit.convert.data import load_rows
+
+    checkpoint = open_checkpoint(str(llama))
+    base = checkpoint.load_model(torch.float32, "cpu")
+    rows = load_rows(recipes[0].config.data, checkpoint.load_tokenizer(), seed=5, model=base).input_ids[:2]
+    model = load(str(tmp_path / "out"), dtype="float32")
+    for index, found in enumerate(report["allocation"]["window"]["sensitivity"]):
+        one = load_recipes("window", [*SHORT, f"keep_full={[i for i in range(3) if i != index]}"])
+        config = type(model.config)(**one[0].build(ModelFacts.of(checkpoint)))
+        changed = AutoModelForCausalLM.from_config(config).eval()
+        changed.load_state_dict(base.state_dict())
+        with torch.no_grad():
+            log_p, log_q = (m(rows).logits.log_softmax(-1) for m in (base, changed))
+        assert found == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_the_chunked_kl_is_the_kl_and_so_are_its_gradients(cap, monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (14, 11))
+    other, head = torch.randn(14, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+
+    def plain(logits):
+        return (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+
+    want = F.kl_div(plain(hidden @ weight.mT), plain(other @ head.mT), log_target=True, reduction="batchmean")
+    wanted = torch.autograd.grad(want, (hidden, weight))
+    monkeypatch.setattr("kit.convert.distill.LOGITS_AT_ONCE", 55)  # five tokens a chunk
+    got = logit_kl(
+        hidden.float().unflatten(0, (2, 7)), weight.float(), other.float().unflatten(0, (2, 7)), head.float(), cap
+    )
+    grads = torch.autograd.grad(3 * got, (hidden, weight))
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    for grad, right in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, 3 * right, atol=1e-5, rtol=1e-4)
+
+
+def test_the_teacher_stays_the_base_while_all_weights_move(llama):
+    recipe = load_recipes("lolcats", SHORT)[0]
+    checkpoint = open_checkpoint(str(llama))
+    base = checkpoint.load_model(torch.float32, "cpu")
+    import kit.modules.modeling as modeling
+
+    model = AutoModelForCausalLM.from_config(modeling.KitLlamaConfig(**recipe.build(ModelFacts.of(checkpoint)))).eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    kept = {n: p.detach().clone() for n, p in model.named_parameters() if "linear_attention" not in n}
+    loss = logit_loss(model, kept)
+    positions = torch.arange(50).expand(2, -1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        log_p, log_q = (m(ids()).logits.log_softmax(-1) for m in (base, model))
+        want = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        assert float(loss(ids(), positions)) == pytest.approx(float(want), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "linear", "gated"])
+def test_the_weight_loss_is_the_cross_entropy_of_all_weights(kind, monkeypatch):
+    """Against T x T softmax weights as labels; chunks of 7 queries."""
+    torch.manual_seed(0)
+    length = 30
+    mixer = MIXERS[kind](
+        num_heads=4, num_key_value_heads=2, head_dim=8, hidden_size=16, window_size=6, num_sinks=2, feature_dim=8
+    )
+    q, k = torch.randn(2, 4, length, 8) * 2, torch.randn(2, 2, length, 8)
+    step = Step(
+        8**-0.5, hidden=torch.randn(2, length, 16), rotary=(torch.ones(2, length, 8), torch.zeros(2, length, 8))
+    )
+    scores = (q @ k.repeat_interleave(2, 1).mT * 8**-0.5).masked_fill(
+        torch.ones(length, length).triu(1).bool(), -math.inf
+    )
+    a = mixer.log_weights(q, k, step, 0, length).double().exp()
+    a = a / a.sum(-1, keepdim=True)
+    want = -(scores.double().softmax(-1) * a.log().clamp(min=-100)).sum(-1).mean()
+    monkeypatch.setattr("kit.convert.distill.SCORES_AT_ONCE", 7 * 2 * 4 * length)
+    got = weight_loss(mixer, q, k, step, q, k)
+    assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-4)
+    got.backward()
+    assert mixer.feature_map_q.grad.abs().sum() > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())
+
+
+def test_window_dropout_follows_its_schedule_and_remembers_nothing():
+    dropout = WindowDropout((0.8, 0.0), 101, 20, seed=0)
+    rows = [torch.tensor([i]) for i in range(400)]
+
+    def share(step):
+        dropout.at_step(step)
+        return sum(map(dropout.drops, rows)) / len(rows)
+
+    assert share(19) == 1
+    assert share(20) == pytest.approx(0.8, abs=0.06)
+    assert share(60) == pytest.approx(0.4, abs=0.06)
+    assert share(100) == 0
+    later = WindowDropout((0.8, 0.0), 101, 20, seed=0)
+    later.at_step(60)
+    dropout.at_step(60)
+    assert [dropout.drops(r) for r in rows] == [later.drops(r) for r in rows]
+
+
+def kinds(recipe, *overrides):
+    return load_recipes(recipe, list(overrides))[0].build(facts())["linear_attention"]["mixers"]
+
+
+def test_layers_can_be_named_in_three_ways():
+    assert kinds("lolcats", "keep_full=1/4") == ["hybrid"] * 3 + ["full"] + ["hybrid"] * 3 + ["full"]
+    assert kinds("lizard", "keep_full=[0]", "keep_window=[6,7]") == ["full"] + ["gated"] * 5 + ["window"] * 2
+    plan = {item.what: item.value for item in load_recipes("lolcats", ["keep_full=25%"])[0].plan(facts())}
+    assert plan["converted"] == "6 of 8 attention layers"
+    assert "0.1 kB a token" in plan["cache"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["keep_full=[8]"], "there is no layer 8"),
+        (["keep_full=quarter"], "'quarter' names no layers"),
+        (["keep_full=[1]", "keep_window=[1]"], "layer 1 cannot be both"),
+        (["keep_full=75%", "keep_window=50%"], "more layers are kept than there are"),
+        (["num_sinks=9", "window_size=10"], "9 sinks leave no window of 10"),
+        (["data.seq_len=64"], "rows of 64 tokens never leave a window of 64"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_weights_load(overrides, message):
+    with pytest.raises(KitError, match=message) as error:
+        load_recipes("lolcats", overrides)[0].plan(facts())
+    assert error.value.exit_code == ExitCode.USAGE
+
+
+def test_new_parameters_are_counted_for_every_recipe():
+    from kit.convert.streaming import build_skeleton
+
+    for name in RUNS:
+        recipe = load_recipes(name, ["keep_full=[1,2]"])[0]
+        skeleton = build_skeleton(recipe.build(facts(intermediate_size=16)))
+        real = sum(p.numel() for parameter, p in skeleton.named_parameters() if "linear_attention" in parameter)
+        assert recipe.new_parameters(facts()) == real
+
+
+def test_weights_run_in_the_bases_dtype_and_are_trained_in_their_own(llama):
+    import kit.modules.modeling as modeling
+
+    recipe, checkpoint = load_recipes("lolcats", SHORT)[0], open_checkpoint(str(llama))
+    model = AutoModelForCausalLM.from_config(modeling.KitLlamaConfig(**recipe.build(ModelFacts.of(checkpoint)))).eval()
+    kept = {n: p.detach().bfloat16() for n, p in model.named_parameters() if "linear_attention" not in n}
+    seen = []
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    logit_loss(model, kept)(ids(), torch.arange(50).expand(2, -1)).backward()
+    assert seen == [torch.bfloat16] * 2
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32
