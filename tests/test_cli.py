@@ -77,7 +77,7 @@ def test_convert_eval_chat_inspect(model, tmp_path):
     assert done.returncode == 0, done.stderr
     facts = json.loads(kit("inspect", out, "--json").stdout)
     assert facts["model_type"] == "kit_llama"
-    assert facts["cache_bytes"] == {"per_token": 0, "constant": 2 * (2 * 16 * 2 * 7 + 32 * 17 * 4)}
+    assert facts["cache_bytes"] == {"per_token": 0, "constant": 2 * (2 * 16 * 2 * (7 + 4) + 32 * 17 * 4)}
     assert facts["parameters_by_part"]["linear attention"] == 2 * (3 * 16 * 16 + 2)
     facts = json.loads(kit("inspect", model, "--json").stdout)
     assert facts["recipes"] == dict.fromkeys(available())

@@ -532,8 +532,8 @@ def test_what_fails_before_any_weight_is_read(llama, make_model, tmp_path, monke
         with pytest.raises(KitError, match=message) as caught:
             plan(model, recipes, options)
         assert caught.value.exit_code == ExitCode.USAGE
-    checkpoint.config = checkpoint.config | {"model_type": "gpt2"}
-    with pytest.raises(KitError, match="does not know the architecture 'gpt2'"):
+    checkpoint.config = checkpoint.config | {"model_type": "mamba"}
+    with pytest.raises(KitError, match="does not know the architecture 'mamba'"):
         plan(checkpoint, lolcats(), Options(tmp_path / "o"))
     checkpoint.config = checkpoint.config | {"model_type": "llama", "num_attention_heads": 6, "head_dim": 16}
     with pytest.raises(KitError, match="should have shape"):
