@@ -59,7 +59,8 @@ def ablate(
     from kit.convert.evaluate import evaluate
 
     (name, model), *_ = models.items()
-    if not model.config.get("linear_attention"):
+    ours = model.config.get("linear_attention")
+    if not ours or not set(ours.get("mixers", ["hybrid"])) - {"window", "full"}:
         raise _usage(
             "the model has no linear attention, so nothing can be taken away",
             model.source,
@@ -86,11 +87,14 @@ def ablate(
 
 
 def training_length(folder: Path) -> int | None:
-    """Tokens of the longest row that a checkpoint was trained on, None if its report does not say."""
+    """Tokens of the longest row that a checkpoint was trained on, None if its report does not say, or none was."""
     try:
-        recipes = json.loads((folder / "kit_report.json").read_text(encoding="utf-8"))["recipes"]
-        return max(int(recipe["data"]["seq_len"]) for recipe in recipes)
-    except (OSError, ValueError, KeyError, TypeError):
+        report = json.loads((folder / "kit_report.json").read_text(encoding="utf-8"))
+        entries = [entry for stage in report["stages"].values() for entry in stage]
+        if not any(key.startswith("loss") for entry in entries for key in entry):
+            return None
+        return max(int(recipe["data"]["seq_len"]) for recipe in report["recipes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

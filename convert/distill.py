@@ -19,7 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from kit.convert.streaming import Recorder
 from kit.families import family_of
 from kit.kernels.logit_kl import kl_and_gradient
-from kit.modules.linear_attention import Mixer, Step, branch_weights, causal_places, original_attention, softmax_scores
+from kit.modules.linear_attention import (
+    Mixer,
+    Step,
+    branch_weights,
+    causal_places,
+    exact_branch_weights,
+    original_attention,
+    softmax_scores,
+)
 from kit.modules.modeling import packed_segments
 
 if TYPE_CHECKING:
@@ -119,7 +127,8 @@ class LayerTeacher:
 def weight_loss(mixer: Mixer, q: Tensor, k: Tensor, step: Step, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:
     """Mean over queries of −Σ_j p_ij log a_ij, p softmax's attention weights and a the layer's, normalised.
 
-    Scores are made for a chunk of queries at a time, and made again in the backward pass.
+    Scores are made for a chunk of queries at a time, and made again in the backward pass, with the branches that the
+    layer has now: by then `WindowDropout` has given it its window back.
 
     Args:
         mixer: the layer's attention.
@@ -133,8 +142,11 @@ def weight_loss(mixer: Mixer, q: Tensor, k: Tensor, step: Step, teacher_q: Tenso
         at = torch.arange(length, device=q.device)
         causal = causal & (at[:, None] - at < step.base_window)
 
+    branches = mixer.linear_weight, mixer.window_weight
+
     def part(q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
-        log_a = mixer.log_weights(q, k, step, start, stop).log_softmax(-1)
+        with exact_branch_weights(mixer, *branches):
+            log_a = mixer.log_weights(q, k, step, start, stop).log_softmax(-1)
         scores = softmax_scores(teacher_q[:, :, start:stop], teacher_k, step.scale, step.softcap)
         visible = causal[:, None, start:stop].expand(log_a.shape)
         p = scores.masked_fill(~visible, -torch.inf).softmax(-1)

@@ -104,7 +104,7 @@ def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:
         if kind == "hybrid_sliding" and linear:
             if mixer != "linear":
                 found["constant"] += 2 * kv_heads * linear.get("num_sinks", 0) * head_dim * 4
-            if mixer != "window":
+            if mixer != "window" and linear.get("linear_weight", 1):
                 state_heads = kv_heads if linear["feature_map_heads"] == "kv" else heads
                 found["constant"] += state_heads * 2 * linear["feature_dim"] * (head_dim + 1) * 4
     return found

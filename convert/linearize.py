@@ -205,8 +205,11 @@ class Linearize(Recipe):
         """The options in config.json beside layers and sinks."""
         return {}
 
-    def cache_window(self) -> int:
-        """Keys that a query sees in the near window, itself included; transformers caches one fewer."""
+    def cache_window(self, kinds: list[str]) -> int:
+        """Keys that a query sees in the near window, itself included, in layers of these kinds.
+
+        transformers caches one fewer.
+        """
         return self.config.window_size - self.config.num_sinks
 
     def build(self, model: ModelFacts) -> dict[str, Any]:
@@ -217,7 +220,8 @@ class Linearize(Recipe):
         config, family = model.config, model.model_type
         kept = model.family.sliding_layers(config)
         types = {True: "sliding_attention", False: "full_attention"}
-        window = {"window_size": self.cache_window()} if any(kept) else {}
+        near = self.cache_window(kinds)
+        window = {"window_size": near} if any(kept) else {}
         return config | {
             "model_type": f"kit_{family}",
             "architectures": [f"Kit{model.family.prefix}ForCausalLM"],
@@ -225,7 +229,7 @@ class Linearize(Recipe):
                 types[own] if kind == "full" else "hybrid_sliding" for kind, own in zip(kinds, kept, strict=True)
             ],
             # one window for all of transformers' cache layers: beside layers that keep a wider one, ours keep as many
-            "sliding_window": max(config["sliding_window"], self.cache_window()) if any(kept) else self.cache_window(),
+            "sliding_window": max(config["sliding_window"], near) if any(kept) else near,
             **({"use_sliding_window": True} if "use_sliding_window" in config or family.startswith("qwen") else {}),
             "linear_attention": {
                 "mixers": kinds,
@@ -301,9 +305,11 @@ class Linearize(Recipe):
         rows = slice(self.config.sensitivity_rows)
         found = window_sensitivity(run, config, run.rows.input_ids[rows], run.rows.position_ids[rows], self.name)
         ranked = sorted((i for i in range(len(found)) if not sliding[i]), key=lambda index: -found[index])
-        full = self._listed("keep_full", len(found)) or ranked[: _share(self.config.keep_full, len(ranked))]
+        listed = self._listed("keep_window", len(found))
+        free = [index for index in ranked if index not in listed]
+        full = self._listed("keep_full", len(found)) or free[: _share(self.config.keep_full, len(ranked))]
         rest = [index for index in reversed(ranked) if index not in full]
-        window = self._listed("keep_window", len(found)) or rest[: _share(self.config.keep_window, len(ranked))]
+        window = listed or rest[: _share(self.config.keep_window, len(ranked))]
         return {"sensitivity": found, "keep_full": sorted(full), "keep_window": sorted(window)}
 
 
@@ -315,6 +321,23 @@ class LearnedLinearize(Linearize):
     def section(self, model: ModelFacts) -> dict[str, Any]:
         """Feature maps."""
         return {"feature_dim": self._feature_dim(model), "feature_map_heads": self.config.feature_map_heads}
+
+    def plan(self, model: ModelFacts) -> list[PlanItem]:
+        """As every linearizing recipe; a LoRA stage must find what it adapts.
+
+        Raises:
+            KitError: on linears for LoRA that the model has not, beside what the other recipes raise.
+        """
+        items = super().plan(model)
+        modules = [name.removesuffix(".weight") for name in model.shapes if name.endswith(".weight")]
+        for target in (self.config.lora.steps and self.config.lora.target_modules) or ():
+            if not any(f".{name}".endswith(f".{target}") for name in modules):
+                raise self._usage(
+                    f"the model has no '{target}'",
+                    "lora.target_modules",
+                    f"null takes all of the attention's: {', '.join((*model.family.projections, model.family.output))}",
+                )
+        return items
 
     def _feature_dim(self, model: ModelFacts) -> int:
         return self.config.feature_dim or model.heads[2]
@@ -330,6 +353,11 @@ class LearnedLinearize(Linearize):
         converted = self.kinds(model).count(self.mixer)
         maps = (heads + key_maps) * head_dim * self._feature_dim(model)
         return converted * (maps + self.layer_parameters(model))
+
+    def bytes_per_parameter(self) -> float:
+        """Logit distillation of all weights: fp32 weights, gradients and AdamW's two moments, and the base in bf16."""
+        distills = any(stage.method == "logit_distillation" for stage in self.active_stages())
+        return 18.0 if distills and self.config.distill.parameters == "all" else super().bytes_per_parameter()
 
     def flops_per_parameter(self) -> float:
         """Teacher pass, attention-only steps (about a fifth of a pass each way), and whole-model steps."""
@@ -527,7 +555,12 @@ def _base_windows(model: ModelFacts) -> list[int | None] | None:
         return None
     if any(sliding := model.family.sliding_layers(config)):
         return [window if own else None for own in sliding]
-    kinds = config.get("layer_types") or ["sliding_attention"] * model.num_layers
+    first = (
+        config.get("max_window_layers", 0) if model.model_type.startswith("qwen") else 0
+    )  # those before see everything
+    kinds = config.get("layer_types") or [
+        "full_attention" if index < first else "sliding_attention" for index in range(model.num_layers)
+    ]
     windows = [window if kind == "sliding_attention" else None for kind in kinds]
     return windows if any(windows) else None
 

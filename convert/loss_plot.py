@@ -24,7 +24,7 @@ def plot_losses(report: dict[str, Any], path: Path) -> bool:
     curves = {
         stage: found
         for stage, entries in report["stages"].items()
-        if (found := [entry["losses"] for entry in entries if len(entry.get("losses") or ()) > 1])
+        if (found := [(n, entry["losses"]) for n, entry in enumerate(entries) if len(entry.get("losses") or ()) > 1])
     }
     if not curves:
         return False
@@ -32,11 +32,11 @@ def plot_losses(report: dict[str, Any], path: Path) -> bool:
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (stage, lines) in zip(panels, curves.items(), strict=True):
         colors = colormaps["viridis"].resampled(max(len(lines), 2))
-        for number, losses in enumerate(lines):
+        for number, (layer, losses) in enumerate(lines):
             ends = number in (0, len(lines) - 1) and len(lines) > 1
-            label = f"layer {number}" if ends else None
+            label = f"layer {layer}" if ends else None
             axes.plot(range(1, len(losses) + 1), losses, color=colors(number), linewidth=1, label=label)
-        values = [loss for losses in lines for loss in losses]
+        values = [loss for _, losses in lines for loss in losses]
         if min(values) > 0 and max(values) > 20 * min(values):
             axes.set_yscale("log")
         axes.set(title=stage.replace(".", ": ").replace("_", " "), xlabel="update", ylabel="loss")

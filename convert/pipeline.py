@@ -117,11 +117,12 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
     resident = 0 if on_disk else activations
     needed += activations if on_disk else 0
     one_layer = (checkpoint.num_parameters * 4 - embedding) // facts.num_layers
+    whole = total * max(recipe.bytes_per_parameter() for recipe in recipes)
     items += [
         PlanItem("result", f"{dtype}, {size_text(size)}, {added / 1e6:,.2f} M parameters added"),
         PlanItem("memory, streamed", f"{size_text(embedding + 2 * one_layer + resident)} (rough)"),
         PlanItem("activations", f"up to {size_text(activations)} {'on disk' if on_disk else 'in memory'}"),
-        PlanItem("memory, whole model", f"{size_text(total * 4)} + activations (verification and train stages)"),
+        PlanItem("memory, whole model", f"{size_text(whole)} + activations (verification and train stages)"),
         disk_item(options.output, needed),
         work_item(sum(recipe.flops_per_parameter() for recipe in recipes) * facts.active_parameters),
     ]

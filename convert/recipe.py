@@ -372,6 +372,10 @@ class Recipe(ABC):
         """How many parameters the recipe adds, for size estimates."""
         return 0
 
+    def bytes_per_parameter(self) -> float:
+        """Memory a model parameter in stages that hold the whole model, for the plan: in fp32."""
+        return 4.0
+
     def flops_per_parameter(self) -> float:
         """Floating-point operations a model parameter, for the time estimate: two for each token of each pass."""
         return 2.0 * self.config.data.num_samples * self.config.data.seq_len

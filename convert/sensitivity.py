@@ -30,7 +30,7 @@ def window_sensitivity(
         For each layer KL(base ‖ changed) in nats, mean over tokens.
     """
     base = run.model()
-    model = StreamedModel(config, base.view, device=base.device, dtype=base.dtype)
+    model = StreamedModel(config, base.view, device=base.device, dtype=base.dtype, scratch=base.scratch)
     streams = [model.embed(input_ids, position_ids)]
     with run.progress.task(f"{name}: layer_sensitivity, layers", len(model)):
         for index in range(len(model)):

@@ -64,7 +64,7 @@ def _rewrite(module: str) -> tuple[str, list[str]]:
             raise ValueError(
                 f"cannot bundle `{ast.unparse(node)}`\n"
                 f"  where: {spec.origin}:{node.lineno}\n"  # type: ignore[attr-defined]
-                "  next:  write `from kit.modules.x import Y` or `from kit.kernels.x import Y`"
+                "  next:  write `from kit.modules.x import Y`, or the same of kit.kernels or kit.families"
             )
         first = node.lineno - 1
         lines[first] = lines[first].replace(f"from {node.module} ", f"from .{flat_name(node.module)} ", 1)

@@ -252,7 +252,7 @@ class Mixer(nn.Module):
         shapes: dict[str, tuple[int, ...]] = {}
         if self.num_sinks:
             shapes["sink_k"] = shapes["sink_v"] = (opts.num_key_value_heads, self.num_sinks, opts.head_dim)
-        if self.features:
+        if self.features and opts.linear_weight:  # a branch that the config leaves out leaves nothing behind
             shapes["state"] = (opts.num_states, self.features, opts.head_dim + 1)
         return shapes
 
@@ -620,6 +620,17 @@ def branch_weights(model: nn.Module, linear: float, window: float) -> Iterator[N
     finally:
         for layer, weights in zip(layers, before, strict=True):
             layer.linear_weight, layer.window_weight = weights
+
+
+@contextmanager
+def exact_branch_weights(layer: Mixer, linear: float, window: float) -> Iterator[None]:
+    """Give one layer these weights of its branches while the context is open, whatever it has."""
+    before = layer.linear_weight, layer.window_weight
+    layer.linear_weight, layer.window_weight = linear, window
+    try:
+        yield
+    finally:
+        layer.linear_weight, layer.window_weight = before
 
 
 @contextmanager

@@ -39,6 +39,6 @@ class Hedgehog(LearnedLinearize):
     ablation_note = '"Attention zeroed" takes the attention of the converted layers away.'
     config: HedgehogConfig
 
-    def cache_window(self) -> int:
+    def cache_window(self, kinds: list[str]) -> int:
         """One cached key: it tells how long the sequence is. Layers that get a window alone need theirs."""
-        return 2 if self.config.keep_window is None else super().cache_window()
+        return super().cache_window(kinds) if "window" in kinds else 2

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from kit.convert.inspect import cache_bytes
 from kit.convert.linearize import LearnedConfig, LearnedLinearize, LoraTrainConfig
-from kit.convert.recipe import ModelFacts, Suitability
+from kit.convert.recipe import ModelFacts, PlanItem, Suitability
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kit.convert.stats import ModelStats
 
 ENOUGH_MASS = 0.9  # of the attention in window and sinks; below it a wider window is advised
-BALANCE_TOKENS = 1024  # of a row, for the starting value of g: the only T x T scores
+BALANCE_TOKENS = 1024  # of a row, or two windows, for the starting value of g: the only T x T scores
 
 
 class LolcatsConfig(LearnedConfig):
@@ -55,6 +55,23 @@ class Lolcats(LearnedLinearize):
             "window_factor": self.config.window_factor or 0.1,
             "linear_weight": self.config.linear_weight,
         }
+
+    def plan(self, model: ModelFacts) -> list[PlanItem]:
+        """As every linearizing recipe.
+
+        Raises:
+            KitError: if passes without a window would have no linear branch either, beside what the others raise.
+        """
+        items = super().plan(model)
+        for name, options in (("transfer", self.config.transfer), ("distill", self.config.distill)):
+            dropped = options.linear_steps or options.window_dropout or options.window_dropout_end
+            if options.steps and dropped and not self.config.linear_weight:
+                raise self._usage(
+                    "passes without a window need the linear branch, which linear_weight=0 takes away",
+                    name,
+                    f"leave {name}.linear_steps and {name}.window_dropout at 0, or raise linear_weight",
+                )
+        return items
 
     def layer_parameters(self, model: ModelFacts) -> int:
         """The mixing factors."""
@@ -97,8 +114,9 @@ class Lolcats(LearnedLinearize):
 
         if self.config.window_factor is None:
             mixer = teacher.attention.linear_attention
+            tokens = max(BALANCE_TOKENS, 2 * self.config.window_size)
             with torch.no_grad(), queries_keys(mixer) as seen:
-                teacher.run(slice(self.config.transfer.batch_size), BALANCE_TOKENS)
+                teacher.run(slice(self.config.transfer.batch_size), tokens)
             _balance(teacher.attention, *seen[0][:2])
 
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from kit.convert.ablate import BRANCHES, judge
+from kit.convert.ablate import BRANCHES, ablate, judge, training_length
 from kit.convert.ablation_table import ablation_cells, by_length, plot_ablation, write_ablation
+from kit.convert.checkpoint import open_checkpoint
 from kit.convert.errors import KitError
+from kit.convert.pipeline import Options, convert
+from kit.convert.progress import Progress
 from kit.convert.windowed import pattern_mask, windowed
 from kit.modules.linear_attention import ABLATIONS
+from kit.recipes import load_recipes
 
 KIT = [sys.executable, "-m", "kit.cli"]
 
@@ -196,6 +200,14 @@ def test_recall_stands_in_the_table_and_the_plot(tmp_path):
         plot_ablation(result, tmp_path / "none" / "plot.png")
 
 
+def test_a_conversion_without_training_has_no_training_length(tmp_path):
+    report = {"recipes": [{"data": {"seq_len": 24}}], "stages": {"lolcats.attention_transfer": [{}, {"losses": [1.0]}]}}
+    (tmp_path / "kit_report.json").write_text(json.dumps(report))
+    assert training_length(tmp_path) == 24
+    (tmp_path / "kit_report.json").write_text(json.dumps(report | {"stages": {"window.layer_sensitivity": [{}]}}))
+    assert training_length(tmp_path) is None
+
+
 def test_the_command(make_model, tmp_path):
     base = make_model(num_hidden_layers=2, num_attention_heads=2, hidden_size=32)
     out, done = tmp_path / "out", tmp_path / "ablated"
@@ -232,3 +244,11 @@ def test_the_command(make_model, tmp_path):
     assert "no linear attention" in refused.stderr
     refused = subprocess.run([*KIT, "ablate", out, "--base", base], capture_output=True, text=True)
     assert "next:  add --dataset FILE" in refused.stderr
+
+
+def test_a_window_alone_has_no_branch_to_take_away(make_model, tmp_path):
+    base, out = open_checkpoint(str(make_model(num_hidden_layers=2))), tmp_path / "out"
+    options = Options(out, device="cpu", eval_tokens=0)
+    convert(base, load_recipes("window", ["window_size=8"]), options, Progress())
+    with pytest.raises(KitError, match="no linear attention"):
+        ablate({"out": open_checkpoint(str(out))}, base=base, dataset="text.txt")

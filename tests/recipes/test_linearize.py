@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from kit.convert.checkpoint import load, open_checkpoint
 from kit.convert.distill import WindowDropout, logit_kl, logit_loss, weight_loss
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.inspect import cache_bytes
-from kit.convert.pipeline import Options, convert
+from kit.convert.pipeline import Options, convert, plan
 from kit.convert.progress import Progress
 from kit.convert.recipe import ModelFacts
-from kit.modules.linear_attention import MIXERS, Step, original_attention
+from kit.modules.linear_attention import MIXERS, Step, branch_weights, original_attention
 from kit.recipes import load_recipes
 
 SHORT = ["data.num_samples=8", "data.seq_len=40", "window_size=10"]
@@ -249,6 +250,89 @@ def test_the_weight_loss_is_the_cross_entropy_of_all_weights(kind, monkeypatch):
     assert all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "gated"])
+def test_the_weight_loss_keeps_its_branches_until_its_backward_pass(kind):
+    """Scores are made again when the window that was left out is back."""
+    torch.manual_seed(0)
+    mixer = MIXERS[kind](num_heads=4, num_key_value_heads=2, head_dim=8, hidden_size=16, window_size=6, feature_dim=8)
+    q, k = torch.randn(2, 4, 30, 8) * 2, torch.randn(2, 2, 30, 8)
+    step = Step(8**-0.5, hidden=torch.randn(2, 30, 16))
+
+    def gradients(leave_first):
+        mixer.zero_grad()
+        with branch_weights(mixer, 1.0, 0.0):
+            loss = weight_loss(mixer, q, k, step, q, k)
+            if not leave_first:
+                loss.backward()
+        if leave_first:
+            loss.backward()
+        return {name: p.grad for name, p in mixer.named_parameters() if p.grad is not None}
+
+    want, got = gradients(False), gradients(True)
+    assert want["feature_map_q"].abs().sum() > 0
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert (mixer.linear_weight, mixer.window_weight) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["lolcats", "hedgehog"])
+def test_layers_are_chosen_among_those_not_named_and_measured_behind_the_configured_window(name, monkeypatch):
+    seen = []
+    kl = [0.1, 0.8, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6]
+    monkeypatch.setattr("kit.convert.sensitivity.window_sensitivity", lambda run, config, *_: seen.append(config) or kl)
+    recipe = load_recipes(name, ["keep_full=25%", "keep_window=[3]"])[0]
+    rows = SimpleNamespace(input_ids=torch.zeros(4, 8), position_ids=torch.zeros(4, 8))
+    found = recipe.layer_sensitivity(SimpleNamespace(facts=facts(), rows=rows))
+    assert (found["keep_full"], found["keep_window"]) == ([1, 7], [3])
+    alone = load_recipes(name, ["keep_full=25%"])[0]
+    alone.layer_sensitivity(SimpleNamespace(facts=facts(), rows=rows))
+    assert [config["sliding_window"] for config in seen] == [60, 60]
+    assert alone.build(facts())["sliding_window"] == (60 if name == "lolcats" else 2)
+
+
+def test_without_a_linear_branch_no_state_is_kept():
+    import kit.modules.modeling as modeling
+
+    base = facts(intermediate_size=16)
+    config = load_recipes("lolcats", ["linear_weight=0", "window_size=10"])[0].build(base)
+    assert cache_bytes(config) == cache_bytes(load_recipes("window", ["window_size=10"])[0].build(base))
+    model = AutoModelForCausalLM.from_config(modeling.KitLlamaConfig(**config)).eval()
+    cache, rows = DynamicCache(config=model.config), ids() % 64
+    with torch.no_grad():
+        steps = torch.cat([model(part, past_key_values=cache).logits for part in rows.split([30, 1, 19], 1)], 1)
+        torch.testing.assert_close(steps, model(rows, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    sinks = 2 * 2 * 4 * 8  # keys and values, heads, sinks, head dim
+    assert all(layer.recurrent_states[0].shape == (2, sinks) for layer in cache.layers)
+
+
+def test_a_wide_window_leaves_rows_to_balance_on():
+    from kit.recipes.lolcats import BALANCE_TOKENS
+
+    mixer = MIXERS["hybrid"](
+        num_heads=2, num_key_value_heads=1, head_dim=4, window_size=BALANCE_TOKENS, feature_dim=4
+    ).requires_grad_(False)
+    q, k = torch.randn(1, 2, 4096, 4), torch.randn(1, 1, 4096, 4)
+
+    class Teacher:
+        attention = SimpleNamespace(linear_attention=mixer, scaling=0.5)
+
+        def run(self, rows, length):
+            mixer(q[rows, :, :length], k[rows, :, :length], k[rows, :, :length], Step(0.5))
+
+    load_recipes("lolcats", [f"window_size={BALANCE_TOKENS}"])[0].start(Teacher())
+    assert mixer.window_factor.isfinite().all()
+
+
+def test_the_windows_a_base_has_are_those_that_transformers_gives_it():
+    from transformers import Qwen2Config
+
+    sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}
+    config = load_recipes("window", [])[0].build(facts(model_type="qwen2", **sliding))
+    kinds = Qwen2Config(num_hidden_layers=8, **sliding).layer_types
+    want = [16 if kind == "sliding_attention" else None for kind in kinds]
+    assert config["linear_attention"]["base_windows"] == want
+
+
 def test_window_dropout_follows_its_schedule_and_remembers_nothing():
     dropout = WindowDropout((0.8, 0.0), 101, 20, seed=0)
     rows = [torch.tensor([i]) for i in range(400)]
@@ -286,6 +370,8 @@ def test_layers_can_be_named_in_three_ways():
         (["keep_full=quarter"], "'quarter' names no layers"),
         (["keep_full=[1]", "keep_window=[1]"], "layer 1 cannot be both"),
         (["keep_full=75%", "keep_window=50%"], "more layers are kept than there are"),
+        (["lora.target_modules=[qkv_proj]"], "the model has no 'qkv_proj'"),
+        (["linear_weight=0", "transfer.window_dropout=0.5"], "passes without a window need the linear branch"),
         (["num_sinks=9", "window_size=10"], "9 sinks leave no window of 10"),
         (["data.seq_len=64"], "rows of 64 tokens never leave a window of 64"),
     ],
@@ -319,3 +405,13 @@ def test_weights_run_in_the_bases_dtype_and_are_trained_in_their_own(llama):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32
+
+
+def test_the_memory_of_distilling_all_weights_is_planned(llama):
+    def planned(*options):
+        recipes = load_recipes("lolcats", [*SHORT, *options])
+        items = plan(open_checkpoint(str(llama)), recipes, Options(llama.parent / "o", device="cpu"))
+        return next(float(item.value.split()[0]) for item in items if item.what == "memory, whole model")
+
+    some = planned("distill.steps=4", "distill.parameters=lora")
+    assert planned("distill.steps=4") == pytest.approx(some * 18 / 4, abs=0.25)  # rounded to 0.1 MB
