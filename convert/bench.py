@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kit.convert.checkpoint import on_kernels, open_checkpoint
+from kit.convert.checkpoint import on_kernels, open_checkpoint, torch_dtype
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.shapes import random_model, shape_config
 from kit.convert.speed import measure
@@ -49,8 +49,6 @@ def bench(
     Raises:
         KitError: if a model cannot be loaded, or the options do not fit together.
     """
-    import torch
-
     from kit.convert.measure import hardware, versions
 
     if (model is None) == (config is None):
@@ -62,8 +60,8 @@ def bench(
         if base not in (None, SIXTEEN_BIT):
             raise _usage("the base of a random model is the same shape", "--base", f"--base {SIXTEEN_BIT}")
         shape = shape_config(config)
-        kind = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
-        name = Path(config).stem
+        kind = torch_dtype("bfloat16" if dtype == "auto" else dtype)
+        name = Path(config).name.removesuffix(".json")
         todo.append((name, lambda: on_kernels(random_model(shape, int4=True, dtype=kind, device=device, seed=seed))))
         if base is not None:
             todo.append(("base", lambda: random_model(shape, int4=False, dtype=kind, device=device, seed=seed)))
@@ -75,7 +73,10 @@ def bench(
                 load = lambda c=checkpoint, k=kind: on_kernels(c.load_model(k, device, trust_remote_code))  # noqa: E731
                 todo.append((name, load))
     options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "seed": seed}
-    rows = [row for name, load in todo for row in _rows(name, load, batches, contexts, options, progress)]
+    rows = []
+    for name, load in todo:
+        rows += _rows(name, load, batches, contexts, options, progress)
+        _free()
     settings = {"device": hardware(device), "dtype": dtype, "random_weights": config is not None, **options}
     return {"rows": rows, "settings": settings | {"versions": versions()}}
 
@@ -94,13 +95,13 @@ def _rows(
 ) -> list[dict[str, Any]]:
     import torch
 
-    rows, model = [], None
+    rows, failed = [], {"error": "out of memory"}
     progress(f"{name}: loading")
     try:
         model = load()
         weights = weight_bytes(model)
     except torch.OutOfMemoryError:
-        return [{"name": name, "batch": batches[0], "context": contexts[0], "error": "out of memory"}]
+        return [{"name": name, "batch": b, "context": c} | failed for b in batches for c in contexts]
     for batch in batches:
         for context in contexts:
             progress(f"{name}: batch {batch}, context {context}")
@@ -108,13 +109,18 @@ def _rows(
             try:
                 row |= measure(model, batch=batch, context=context, **options)
             except torch.OutOfMemoryError:
-                row["error"] = "out of memory"
+                row |= failed
             rows.append(row)
-    del model
+    return rows
+
+
+def _free() -> None:
+    """Give back what a model took: it is part of a reference cycle if it is on the kernels."""
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return rows
 
 
 def weight_bytes(model: Any) -> int:

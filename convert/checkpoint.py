@@ -165,13 +165,7 @@ class Checkpoint:
         Raises:
             KitError: exit code 2, if it is no floating-point dtype.
         """
-        import torch
-
-        chosen = getattr(torch, self.dtype if dtype == "auto" else str(dtype).removeprefix("torch."), None)
-        if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
-            advice = "use auto, bfloat16, float16 or float32"
-            raise KitError(f"'{dtype}' is no dtype", where="dtype", next_step=advice, exit_code=ExitCode.USAGE)
-        return chosen
+        return torch_dtype(self.dtype if dtype == "auto" else dtype)
 
     def load_model(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
         """Load the whole model for inference; every tensor must find its place.
@@ -268,6 +262,21 @@ def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", t
     """
     checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     return on_kernels(checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code))
+
+
+def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Turn a dtype or its name into a torch dtype.
+
+    Raises:
+        KitError: exit code 2, if it is no floating-point dtype.
+    """
+    import torch
+
+    chosen = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        advice = "use auto, bfloat16, float16 or float32"
+        raise KitError(f"'{dtype}' is no dtype", where="dtype", next_step=advice, exit_code=ExitCode.USAGE)
+    return chosen
 
 
 def on_kernels(model: Any) -> Any:

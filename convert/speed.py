@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kit.convert.measure import peak_memory, reset_peak_memory
@@ -25,11 +25,9 @@ class FusedRunner:
 
     def __init__(self, model: Any) -> None:
         self.fused = model.fused
-        self.graph: Any = None
 
     def start(self, batch: int, capacity: int) -> None:
         """Make a cache."""
-        self.graph = None
         self.store = self.fused.empty_store(batch, capacity)
         self.store.padded = False
 
@@ -48,7 +46,7 @@ class FusedRunner:
 
 
 class PlainRunner:
-    """A model as transformers runs it: a cache of fixed size on a GPU, a growing one elsewhere, or if that fails."""
+    """A model as transformers runs it: a cache of fixed size on a GPU if the model allows, else a growing one."""
 
     kernels = False
 
@@ -59,8 +57,8 @@ class PlainRunner:
         self.name = cache_argument(inspect.signature(model.forward).parameters)
 
     def start(self, batch: int, capacity: int) -> None:
-        """Choose a cache."""
-        self.batch, self.capacity = batch, capacity
+        """Set the size of caches."""
+        self.capacity = capacity
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Fill a new cache; logits of the last token, (B, 1, V)."""
@@ -84,8 +82,15 @@ class PlainRunner:
 
     def cache_bytes(self) -> int:
         """Bytes of the cache."""
-        tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for layer in self.cache.layers for t in _held(layer))
+
+
+def _held(layer: Any) -> Iterator[Tensor]:
+    """The tensors of a cache layer: keys and values, our unrounded latest ones, recurrent states."""
+    for name in ("keys", "values", "latest", "conv_states", "recurrent_states"):
+        part = getattr(layer, name, None)
+        several = part.values() if isinstance(part, dict) else part if isinstance(part, tuple) else (part,)
+        yield from (tensor for tensor in several if tensor is not None)
 
 
 def runner_of(model: Any) -> FusedRunner | PlainRunner:
@@ -148,6 +153,8 @@ def _decode_seconds(runner: Any, ids: Tensor, steps: int, graphs: bool) -> tuple
     """Seconds a step, over greedy decoding, and whether it ran as a CUDA graph."""
     import torch
 
+    from kit.modules.accelerated import capture_stream
+
     ids = ids.clone()
 
     def step() -> None:
@@ -157,15 +164,15 @@ def _decode_seconds(runner: Any, ids: Tensor, steps: int, graphs: bool) -> tuple
     step()
     replay, graph = step, None
     if graphs and getattr(runner, "fixed", True):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(ids.device)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.device(ids.device), torch.cuda.graph(graph, stream=capture_stream(ids.device)):
                 step()
             replay = graph.replay
         except RuntimeError:  # the model reads something on the host
             graph = None
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(ids.device)
     replay()
 
     def all_steps() -> None:

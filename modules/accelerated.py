@@ -38,6 +38,7 @@ from kit.kernels.int4_fp8.attention import (
 )
 from kit.kernels.int4_fp8.attention_reference import Heads
 from kit.kernels.int4_fp8.packing import TILE, kernel_group
+from kit.modules.cache import cache_argument
 from kit.modules.quantized import AttentionQuantization, QuantizedLinear, rotation_signs
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -65,6 +66,8 @@ class KernelLinear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         if self.quantize_inputs:
+            if torch.is_grad_enabled() and x.requires_grad:
+                return _StraightThrough.apply(x, self.packed, self.bias)
             return int4_fp8_linear(x, self.packed, self.bias)
         y = F.linear(x.float(), self.dequantize(), None if self.bias is None else self.bias.float())
         return y.to(x.dtype)
@@ -72,6 +75,19 @@ class KernelLinear(QuantizedLinear):
     def extra_repr(self) -> str:
         """Shape and format, for print(model)."""
         return f"{self.in_features}, {self.out_features}, INT4 in groups of {self.packed.group}, inputs FP8, kernels"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product, whose gradient does not see the rounding of x; no weight is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: PackedInt4, bias: Tensor | None) -> Tensor:
+        ctx.packed = packed
+        return int4_fp8_linear(x, packed, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return (grads[0].float() @ ctx.packed.dequantize()).to(grads[0].dtype), None, None
 
 
 class Product:
@@ -237,7 +253,7 @@ class DecodeGraph:
         self.ids = ids.clone()
         self.held = fused.angles(store.capacity)  # which the model may replace by longer ones
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device)):
             self.logits = fused.step(self.ids, store)
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -245,6 +261,12 @@ class DecodeGraph:
         self.ids.copy_(ids)
         self.graph.replay()
         return self.logits.clone()
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that graphs of a device are captured on: torch's own is of whichever device was used first."""
+    return torch.cuda.Stream(device)
 
 
 class FusedModel:
@@ -272,7 +294,7 @@ class FusedModel:
                 )
                 for name in ("order", "factor")
             )
-        self.graphs = model.device.type == "cuda"
+        self.graphs = model.device.type == "cuda" and backend == "triton"  # the reference reads on the host
         self._angles: tuple[Tensor, Tensor] | None = None
 
     def empty_store(self, batch: int, capacity: int) -> KVStore:
@@ -364,6 +386,12 @@ class FusedModel:
                 "  where: FusedCache\n"
                 "  next:  make it larger"
             )
+        if cache.length and given.shape[1] > 1 and not _goes_on(arguments.get("attention_mask"), cache, given.shape[1]):
+            raise ValueError(
+                "the static INT4 cache cannot hide tokens but those that the first call had as padding\n"
+                "  where: attention_mask\n"
+                "  next:  pass a transformers.DynamicCache"
+            )
         past, cache.length = cache.length, cache.length + given.shape[1]
         if past and given.shape[1] == 1 and embedded is None:
             return self._replay(given, cache, store)
@@ -392,9 +420,10 @@ class FusedModel:
 
 
 def packed_tensors(model: Any) -> list[Tensor]:
-    """The packed weights of a model on the kernels; none of another model."""
+    """The packed weights of a model on the kernels, views of the same memory too; none of another model."""
     layers = [] if getattr(model, "fused", None) is None else model.fused.layers
     packed = [product.packed for x in layers for product in (x.qkv, x.o, x.gate_up, x.down)]
+    packed += [module.packed for module in model.modules() if isinstance(module, KernelLinear)]  # scales of parts
     return [tensor for p in packed for tensor in (p.codes, p.scales, p.zeros) if tensor is not None]
 
 
@@ -414,6 +443,14 @@ def left_padding(mask: Tensor | None, given: Tensor) -> Tensor | None:
     places = torch.arange(mask.shape[1], device=mask.device)
     in_order = (kept == (places >= start[:, None])).all() & kept.any(1).all()
     return start.to(torch.int32) if bool(in_order) else None
+
+
+def _goes_on(mask: Tensor | None, cache: FusedCache, tokens: int) -> bool:
+    """Whether a mask over all tokens, (B, past + T), hides what the first call's did and no more."""
+    if mask is None or mask.ndim != 2 or mask.shape[1] != cache.length + tokens or cache.store is None:
+        return True
+    start = left_padding(mask, mask)
+    return start is not None and torch.equal(start, cache.store.start)
 
 
 def counted_from(start: Tensor, position_ids: Tensor | None, tokens: int) -> bool:
@@ -440,7 +477,7 @@ def enable_kernels(model: Any, backend: str | None = None, *, exact: bool = True
     Args:
         model: of `kit.load`, or a `quantize_modules` model.
         backend: None to choose; "triton" or "reference" insist, on attention in Triton or in PyTorch.
-        exact: False rounds weights to FP8 for prompts of 1,024 tokens on (`int4_fp8_linear`): faster, less accurate.
+        exact: False rounds weights to FP8 from 2,048 tokens on (`int4_fp8_linear`): faster, less accurate.
 
     Returns:
         The model.
@@ -458,7 +495,7 @@ def enable_kernels(model: Any, backend: str | None = None, *, exact: bool = True
         return model
     with torch.no_grad():
         model.fused = FusedModel(model, backend or "triton", exact)
-    own, name = model.forward, _cache_name(model)
+    own, name = model.forward, cache_argument(inspect.signature(model.forward).parameters)
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -481,17 +518,39 @@ def enable_kernels(model: Any, backend: str | None = None, *, exact: bool = True
     def prepare_cache(config: Any, kwargs: dict[str, Any], mode: Any, batch: int, length: int, *more: Any) -> Any:
         simple = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         free = kwargs.get(name) is None and config.use_cache is not False and config.cache_implementation is None
-        if not (simple and free):
+        if not (simple and free) or config.is_assistant:  # an assistant's tokens are taken back
             return prepare(config, kwargs, mode, batch, length, *more)
         kwargs[name] = FusedCache(length)
         return None
 
     model.forward, model._prepare_cache_for_generation = forward, prepare_cache
+    _pin(model)
     return model
 
 
-def _cache_name(model: Any) -> str:
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def _pin(model: Any) -> None:
+    """Refuse to move, convert or save a model whose weights are no parameters any more: they would be left out."""
+    apply, scales = model._apply, model.fused.layers[0].qkv.packed.scales
+
+    @functools.wraps(apply)
+    def apply_in_place(fn: Any, *args: Any, **kwargs: Any) -> Any:
+        after = fn(scales[:0])
+        if (after.device, after.dtype) != (scales.device, scales.dtype):
+            raise ValueError(
+                "a model on the INT4-FP8 kernels cannot be moved or converted\n"
+                f"  where: {type(model).__name__}.to\n"
+                "  next:  load it again: kit.load(path, device=..., dtype=...)"
+            )
+        return apply(fn, *args, **kwargs)
+
+    def save_pretrained(*_: Any, **__: Any) -> None:
+        raise ValueError(
+            "a model on the INT4-FP8 kernels cannot be saved: its weights are repacked\n"
+            f"  where: {type(model).__name__}.save_pretrained\n"
+            "  next:  copy the folder that it was loaded from"
+        )
+
+    model._apply, model.save_pretrained = apply_in_place, save_pretrained
 
 
 @functools.cache
@@ -530,13 +589,15 @@ def unsupported(model: Any, backend: str | None = None) -> str | None:
         return f"the INT4-FP8 kernels take RoPE of the kinds {', '.join(FIXED_ROPE)}, on whole heads, not {rope}"
     if backend == "reference":
         return None
-    if kernels() is None:
+    ops, device = kernels(), model.device
+    if ops is None:
         return "the INT4-FP8 kernels need Triton, which is not installed"
     if backend == "triton":
-        return None
-    device = model.device
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        able = device.type == "cuda" or not ops.COMPILED
+    else:
+        able = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if not able:
         return f"the INT4-FP8 kernels need a Hopper GPU, and the model is on {device}"
     weight, attention = model.model.norm.weight, model.model.layers[0].self_attn
     heads = Heads(config.num_attention_heads, config.num_key_value_heads, attention.head_dim)
-    return kernels().unsupported(heads, weight.dtype)  # type: ignore[union-attr]
+    return ops.unsupported(heads, weight.dtype)

@@ -1,6 +1,7 @@
 """`kit bench`: what it measures of tiny models, random ones included, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,6 +136,31 @@ def test_options_that_do_not_fit_together_are_refused_before_anything_loads():
         assert error.value.exit_code == 2
     with pytest.raises(KitError, match="at least 1"):
         bench("x", base=None, config=None, **sizes | {"contexts": [0]})
+
+
+def test_a_shape_keeps_its_whole_name_and_a_model_that_does_not_fit_fails_in_every_row(monkeypatch):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("kit.convert.bench.random_model", no_room)
+    sizes = {"batches": [1, 2], "contexts": [8, 16], "new_tokens": 2, "repeats": 1, "dtype": "auto", "device": "cpu"}
+    rows = bench(None, base="16bit", config="llama-3.2-1b", **sizes)["rows"]
+    assert [row["name"] for row in rows] == ["llama-3.2-1b"] * 4 + ["base"] * 4
+    assert {row["error"] for row in rows} == {"out of memory"}
+    with pytest.raises(KitError, match="no dtype"):
+        bench(None, base=None, config="llama-3.2-1b", **sizes | {"dtype": "foo"})
+
+
+def test_bytes_of_a_cache_count_states_and_what_is_kept_unrounded():
+    runner = PlainRunner(tiny(True))
+    state = torch.zeros(2, 3)
+    layers = [SimpleNamespace(keys=None, recurrent_states={0: state, 1: None}), SimpleNamespace(latest=(state, state))]
+    runner.cache = SimpleNamespace(layers=layers)
+    assert runner.cache_bytes() == 3 * 24
+    with torch.no_grad():
+        runner.prefill(torch.arange(4, 12)[None])
+    heads = 2 * 2 * 2  # layers, keys and values, heads
+    assert runner.cache_bytes() == heads * 8 * (32 + 3 + 64 * 4)  # codes, scale and zero point; in fp32
 
 
 def test_gains_are_how_often_the_base_takes_longer_and_errors_stand_in_the_table(tmp_path):

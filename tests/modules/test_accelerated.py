@@ -1,5 +1,6 @@
 """A quantized model on the fused path gives what its modules give: whole sequences, generation, padding, families."""
 
+import inspect
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from kit.convert.shapes import CACHE, LINEARS, random_model
 from kit.kernels.int4_fp8 import pack_int4, shaping_factor
 from kit.modules import accelerated
 from kit.modules.accelerated import FusedCache, KernelLinear, enable_kernels, left_padding, unsupported
+from kit.modules.cache import cache_argument
 from kit.modules.quantized import AttentionQuantization, QuantizedLinear, switched_off
 
 TINY = {
@@ -79,6 +81,10 @@ def _fill_attention(module, generator):
         module.key_mean.copy_(torch.randn(module.key_mean.shape, generator=generator))
     if module.key_scale is not None:
         module.key_scale.copy_(torch.rand(module.key_scale.shape, generator=generator) + 0.5)
+
+
+def cache_name(model):
+    return cache_argument(inspect.signature(model.forward).parameters)
 
 
 def prompts(rows=2, length=13):
@@ -158,7 +164,7 @@ def test_what_the_fast_path_cannot_take_goes_to_the_usual_cache(make):
     assert cache.get_seq_length() == cache.delegate.get_seq_length()
     shifted = FusedCache(64)
     with torch.no_grad():
-        model(ids, position_ids=torch.arange(13)[None] + 2, **{accelerated._cache_name(model): shifted})
+        model(ids, position_ids=torch.arange(13)[None] + 2, **{cache_name(model): shifted})
     assert shifted.delegate is not None
     _, mask = prompts()
     assert len(generate(model, ids, mask, 2, output_hidden_states=True).hidden_states[0]) == 3
@@ -185,7 +191,7 @@ def test_several_sequences_and_chunks_of_a_prompt(make):
 def test_a_cache_says_what_it_cannot_do(make):
     model = enable_kernels(make(), "reference")
     cache, ids = FusedCache(100), torch.arange(4, 24)[None]
-    name = accelerated._cache_name(model)
+    name = cache_name(model)
     with torch.no_grad():
         first = model(ids, **{name: cache}, logits_to_keep=1).logits
         assert first.shape == (1, 1, 96)
@@ -241,6 +247,53 @@ def test_models_that_the_kernels_cannot_take_are_left_as_they_are_with_one_warni
     assert "down_proj are 24" in unsupported(odd, "reference")
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert "RoPE" in unsupported(make(change={"rope_parameters": rope}), "reference")
+
+
+def test_insisting_on_kernels_that_cannot_take_a_model_fails(make):
+    with pytest.raises(ValueError, match=r"Hopper|bfloat16|Triton"):
+        enable_kernels(make(), "triton")
+
+
+def test_gradients_pass_straight_through_the_kernels(make):
+    plain, model = make(), enable_kernels(make(), "reference")
+    found = []
+    for m in (plain, model):
+        x = torch.randn(1, 5, 128, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        m(inputs_embeds=x).logits.square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_on_the_kernels_is_neither_moved_nor_saved(make, tmp_path):
+    model = enable_kernels(make(), "reference")
+    for move in (lambda: model.to("meta"), model.bfloat16):
+        with pytest.raises(ValueError, match=r"kit\.load"):
+            move()
+    assert model.lm_head.weight.dtype == torch.float32
+    assert model.to("cpu", torch.float32) is model
+    with pytest.raises(ValueError, match="repacked"):
+        model.save_pretrained(tmp_path)
+
+
+def test_an_assistant_on_the_kernels_takes_tokens_back(make):
+    ids, want = prompts(1)[0], {}
+    model, assistant = make(), enable_kernels(make(seed=1), "reference")
+    want = model.generate(ids, do_sample=False, max_new_tokens=6)
+    assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=6, assistant_model=assistant), want)
+
+
+def test_padding_between_turns_is_refused(make):
+    (ids, mask), model = prompts(), enable_kernels(make(), "reference")
+    cache, more = FusedCache(64), torch.ones_like(prompts()[0])
+    with torch.no_grad():
+        model(ids, attention_mask=mask, **{cache_name(model): cache})
+        gap = more.clone()
+        gap[1, 0] = 0
+        with pytest.raises(ValueError, match="hide"):
+            model(ids, attention_mask=torch.cat([mask, gap], 1), **{cache_name(model): cache})
+        assert cache.get_seq_length() == 13
+        model(ids, attention_mask=torch.cat([mask, more], 1), **{cache_name(model): cache})
+    assert cache.get_seq_length() == 26
 
 
 def random_gpt2():
