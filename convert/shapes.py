@@ -27,6 +27,7 @@ CACHE = {
     "post_rope": False,
     "table": False,
 }
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose linears have these names
 LINEARS = (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
 
 
@@ -34,15 +35,15 @@ def shape_config(name: str) -> dict[str, Any]:
     """A config.json by the name of a shipped shape (`configs/shapes`), or from a file.
 
     Raises:
-        KitError: if there is none.
+        KitError: if there is none, or it is of a family that random models are not made of.
     """
     shipped = resources.files("kit.configs") / "shapes"
     names = sorted(f.name.removesuffix(".json") for f in shipped.iterdir() if f.name.endswith(".json"))
     file: Any = shipped / f"{name}.json" if name in names else Path(name)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if "model_type" not in content:
-            raise ValueError("it has no model_type")
+        if content.get("model_type") not in FAMILIES:
+            raise ValueError(f"model_type is {content.get('model_type')}, not one of {', '.join(FAMILIES)}")
     except (OSError, ValueError) as error:
         raise KitError(
             f"'{name}' is no config: {error}",

@@ -384,7 +384,7 @@ class FusedModel:
             raise ValueError(
                 f"the cache has room for {store.capacity} tokens, and {cache.length + given.shape[1]} are given\n"
                 "  where: FusedCache\n"
-                "  next:  make it larger"
+                "  next:  give each turn a cache of its own, or make one with more room"
             )
         if cache.length and given.shape[1] > 1 and not _goes_on(arguments.get("attention_mask"), cache, given.shape[1]):
             raise ValueError(

@@ -50,6 +50,13 @@ def test_an_unknown_shape_names_those_that_there_are():
     assert error.value.exit_code == 2
 
 
+def test_a_family_whose_linears_have_other_names_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(KitError, match="gpt2, not one of llama"):
+        shape_config(str(file))
+
+
 def test_random_models_have_finite_logits_that_depend_on_the_seed():
     ids = torch.arange(4, 20)[None]
     for int4 in (True, False):
