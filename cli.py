@@ -7,13 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import typer.core
-
-if TYPE_CHECKING:
-    pass
 
 
 class Group(typer.core.TyperGroup):
@@ -52,6 +49,13 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what the li
 Dataset = Annotated[
     str | None,
     typer.Option(help="Hub id, .txt/.jsonl/.parquet file, folder, or self.", show_default=False),
+]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+PushToHub = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the result, privately.", show_default=False)
 ]
 
 
@@ -97,8 +101,8 @@ def common(
 def convert(
     model: Model,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file; see `kit recipes ls`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    output: Output,
+    set_: Settings = None,
     dataset: Dataset = None,
     num_samples: Annotated[int | None, typer.Option(help="Rows of data.", show_default=False)] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a row.", show_default=False)] = None,
@@ -121,11 +125,9 @@ def convert(
     ] = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed conversion.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the result, privately.", show_default=False)
-    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -161,7 +163,7 @@ def convert(
 def adapt(
     model: Model,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file; see `kit recipes ls`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    output: Output,
     train: Annotated[
         str | None, typer.Option(help="What to learn: a hub id, a file or a folder.", show_default=False)
     ] = None,
@@ -179,7 +181,7 @@ def adapt(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write a whole checkpoint, and the adapter in its folder adapter.")
     ] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    set_: Settings = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", help="Rows an update.", show_default=False)
     ] = None,
@@ -190,11 +192,9 @@ def adapt(
     device: Device = "auto",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file of --merge.")] = "5GB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed training.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the result, privately.", show_default=False)
-    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
     revision: Revision = None,
     json_: Json = False,
     quiet: Quiet = False,
@@ -250,7 +250,7 @@ def adapt(
 @app.command()
 def quantize(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)],
+    output: Output,
     int4_fp8: Annotated[
         bool, typer.Option("--int4-fp8", help="INT4 weights, FP8 activations, INT4 cache; the same as --scheme w4afp8.")
     ] = False,
@@ -270,7 +270,7 @@ def quantize(
     target: Annotated[
         str, typer.Option(help="any, transformers or vllm: an engine that must take the result.")
     ] = "any",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    set_: Settings = None,
     dataset: Dataset = None,
     num_samples: Annotated[int | None, typer.Option(help="Rows of data.", show_default=False)] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a row.", show_default=False)] = None,
@@ -280,11 +280,9 @@ def quantize(
     eval_tokens: Annotated[int, typer.Option(help="Held-out tokens of the before/after table; 0: none.")] = 4096,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a killed quantization.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the result, privately.", show_default=False)
-    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    push_to_hub: PushToHub = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -349,7 +347,7 @@ def sparsify(
     dense_prefill: Annotated[
         bool, typer.Option("--dense-prefill/--strict", help="Prompts run dense, or every token is sparse.")
     ] = True,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")] = None,
+    set_: Settings = None,
     **options: Any,
 ) -> None:
     """Make activations sparse, so that decoding reads fewer weights; a front for `kit convert`."""
@@ -459,7 +457,7 @@ def augment(
     dtype: Annotated[str, typer.Option(help="Of a local writer: auto, bfloat16, float16, float32.")] = "auto",
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
     json_: Json = False,
     quiet: Quiet = False,
