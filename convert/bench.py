@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def bench(
             if path is not None:
                 checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
                 kind = checkpoint.compute_dtype(dtype)
-                load = lambda c=checkpoint, k=kind: on_kernels(c.load_model(k, device, trust_remote_code))  # noqa: E731
-                todo.append((name, load))
+                loaded = partial(checkpoint.load_model, kind, device, trust_remote_code)
+                todo.append((name, partial(_on_kernels, loaded)))
     options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "seed": seed}
     rows = []
     for name, load in todo:
@@ -79,6 +80,11 @@ def bench(
         _free()
     settings = {"device": hardware(device), "dtype": dtype, "random_weights": config is not None, **options}
     return {"rows": rows, "settings": settings | {"versions": versions()}}
+
+
+def _on_kernels(load: Callable[[], Any]) -> Any:
+    """Load a model and put it on the kernels, where they take it."""
+    return on_kernels(load())
 
 
 def _usage(problem: str, where: str, advice: str) -> KitError:

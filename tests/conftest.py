@@ -1,6 +1,7 @@
 """Tiny random models that tests convert, run and measure."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -23,6 +24,8 @@ from transformers import (
 )
 
 from kit.convert.progress import Progress
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would commands
 
 SHAPE = {
     "vocab_size": 96,
