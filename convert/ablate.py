@@ -15,7 +15,7 @@ from typing import Any
 
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.compare import FEWEST, paired_bootstrap
-from kit.convert.errors import ExitCode, KitError
+from kit.convert.errors import usage_error
 from kit.convert.windowed import window_name
 
 WINDOWS = ((64, 4), (128, 4))  # keys in all, and how many of them are sinks
@@ -61,14 +61,14 @@ def ablate(
     (name, model), *_ = models.items()
     ours = model.config.get("linear_attention")
     if not ours or not set(ours.get("mixers", ["hybrid"])) - {"window", "full"}:
-        raise _usage(
+        raise usage_error(
             "the model has no linear attention, so nothing can be taken away",
             model.source,
             "give a checkpoint of a recipe such as lolcats; `kit eval` measures any model",
         )
     if base is None or dataset is None:
         missing, advice = ("base", "--base MODEL") if base is None else ("text", "--dataset FILE")
-        raise _usage(f"the {missing} to measure with is missing", advice.split()[0], f"add {advice}")
+        raise usage_error(f"the {missing} to measure with is missing", advice.split()[0], f"add {advice}")
     trained = training_length(model.folder)
     result = evaluate(
         models,
@@ -181,7 +181,3 @@ def _ratio(losses: Sequence[float], others: Sequence[float]) -> dict[str, float]
 
 def _times(found: dict[str, float]) -> str:
     return f"{found['ratio']:.3g} times ({found['low']:.3g} to {found['high']:.3g})"
-
-
-def _usage(problem: str, where: str, advice: str) -> KitError:
-    return KitError(problem, where=where, next_step=advice, exit_code=ExitCode.USAGE)

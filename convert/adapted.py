@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.convert.checkpoint import Checkpoint, TensorInfo, open_checkpoint, safetensors_tensors
-from kit.convert.errors import ExitCode, KitError
+from kit.convert.errors import KitError, usage_error
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +98,7 @@ def open_model(model: str, *, base: str | None = None, trust_remote_code: bool =
     sides = _sides(folder)
     named = base or config.get("base_model_name_or_path")
     if not named:
-        raise _usage("the adapter does not say which model it goes on", folder / CONFIG, "name it with --base")
+        raise usage_error("the adapter does not say which model it goes on", folder / CONFIG, "name it with --base")
     try:
         opened = open_checkpoint(str(named), trust_remote_code=trust_remote_code)
     except KitError as error:
@@ -125,21 +125,25 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _usage(f"{CONFIG} cannot be read: {error}", folder, "get the adapter again") from error
+        raise usage_error(f"{CONFIG} cannot be read: {error}", folder, "get the adapter again") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise _usage("only LoRA adapters are understood", folder / CONFIG, "merge the adapter into its base with PEFT")
+        raise usage_error(
+            "only LoRA adapters are understood", folder / CONFIG, "merge the adapter into its base with PEFT"
+        )
     return config
 
 
 def _sides(folder: Path) -> dict[str, dict[str, TensorInfo]]:
     if not (folder / WEIGHTS).is_file():
-        raise _usage(f"{WEIGHTS} is missing", folder, "save the adapter with PEFT's save_pretrained, as safetensors")
+        raise usage_error(
+            f"{WEIGHTS} is missing", folder, "save the adapter with PEFT's save_pretrained, as safetensors"
+        )
     sides: dict[str, dict[str, TensorInfo]] = {}
     for key, info in safetensors_tensors(folder / WEIGHTS).items():
         if match := SIDE.fullmatch(key):
             sides.setdefault(match["linear"], {})[match["side"]] = info
     if not sides:
-        raise _usage("the adapter has no lora_A and lora_B", folder / WEIGHTS, "get the adapter again")
+        raise usage_error("the adapter has no lora_A and lora_B", folder / WEIGHTS, "get the adapter again")
     return sides
 
 
@@ -152,12 +156,8 @@ def _check_fit(folder: Path, base: Checkpoint, linear: str, pair: dict[str, Tens
         and pair["A"].shape[0] == pair["B"].shape[-1]
     )
     if not fits:
-        raise _usage(
+        raise usage_error(
             f"the adapter does not fit on {base.source}: '{linear}'",
             folder / WEIGHTS,
             "name the model that it was trained on with --base",
         )
-
-
-def _usage(what: str, where: Path, next_step: str) -> KitError:
-    return KitError(what, where=str(where), next_step=next_step, exit_code=ExitCode.USAGE)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.convert.checkpoint import on_kernels, open_checkpoint, torch_dtype
-from kit.convert.errors import ExitCode, KitError
+from kit.convert.errors import usage_error
 from kit.convert.shapes import random_model, shape_config
 from kit.convert.speed import measure
 
@@ -53,13 +53,13 @@ def bench(
     from kit.convert.measure import hardware, versions
 
     if (model is None) == (config is None):
-        raise _usage("give a MODEL or --config", "MODEL", "`kit bench MODEL`, or `kit bench --config llama-3-8b`")
+        raise usage_error("give a MODEL or --config", "MODEL", "`kit bench MODEL`, or `kit bench --config llama-3-8b`")
     if min([*batches, *contexts, new_tokens, repeats]) < 1:
-        raise _usage("all sizes are at least 1", "--batch-size, --context, --new-tokens", "give positive numbers")
+        raise usage_error("all sizes are at least 1", "--batch-size, --context, --new-tokens", "give positive numbers")
     todo: list[tuple[str, Callable[[], Any]]] = []
     if config is not None:
         if base not in (None, SIXTEEN_BIT):
-            raise _usage("the base of a random model is the same shape", "--base", f"--base {SIXTEEN_BIT}")
+            raise usage_error("the base of a random model is the same shape", "--base", f"--base {SIXTEEN_BIT}")
         shape = shape_config(config)
         kind = torch_dtype("bfloat16" if dtype == "auto" else dtype)
         name = Path(config).name.removesuffix(".json")
@@ -85,10 +85,6 @@ def bench(
 def _on_kernels(load: Callable[[], Any]) -> Any:
     """Load a model and put it on the kernels, where they take it."""
     return on_kernels(load())
-
-
-def _usage(problem: str, where: str, advice: str) -> KitError:
-    return KitError(problem, where=where, next_step=advice, exit_code=ExitCode.USAGE)
 
 
 def _rows(
@@ -170,7 +166,7 @@ def table_lines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
 def check_folder(folder: Path | None) -> None:
     """Raise KitError if the output folder cannot be made: before anything is measured."""
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise _usage("there is a file of that name", f"--output {folder}", "name a folder")
+        raise usage_error("there is a file of that name", f"--output {folder}", "name a folder")
 
 
 def write_bench(result: dict[str, Any], folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -33,6 +34,11 @@ class KitError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n  where: {self.where}\n  next:  {self.next_step}"
+
+
+def usage_error(what: str, where: str | Path, next_step: str) -> KitError:
+    """An error of how a command was called."""
+    return KitError(what, where=str(where), next_step=next_step, exit_code=ExitCode.USAGE)
 
 
 def closest(name: str, known: Iterable[str]) -> str:

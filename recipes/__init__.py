@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kit.convert.errors import ExitCode, KitError, closest
+from kit.convert.errors import ExitCode, KitError, closest, usage_error
 from kit.convert.recipe import Recipe
 
 
@@ -54,7 +54,9 @@ def preset(name: str) -> Preset:
     """
     known = presets()
     if name not in known:
-        raise _usage(f"there is no preset '{name}'", "recipe name", f"{closest(name, known)}`kit recipes ls` lists all")
+        raise usage_error(
+            f"there is no preset '{name}'", "recipe name", f"{closest(name, known)}`kit recipes ls` lists all"
+        )
     return known[name]
 
 
@@ -101,9 +103,9 @@ def load_recipes(name_or_file: str, overrides: list[str] | None = None) -> list[
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise _usage(f"not valid YAML: {error}", where, "correct the file") from error
+        raise usage_error(f"not valid YAML: {error}", where, "correct the file") from error
     if not isinstance(content, dict):
-        raise _usage("the file is no mapping of options", where, "start it with `recipe: NAME`")
+        raise usage_error("the file is no mapping of options", where, "start it with `recipe: NAME`")
     entries = content.get("recipes", [content])
     numbered = "recipes" in content
     for override in overrides or []:
@@ -115,7 +117,7 @@ def _make(entry: Any, where: str) -> Recipe:
     known = available()
     name = entry.get("recipe") if isinstance(entry, dict) else None
     if name not in known:
-        raise _usage(
+        raise usage_error(
             f"unknown recipe '{name}'" if name else "no `recipe: NAME` in it",
             f"{where}: recipe",
             f"{closest(str(name), known)}`kit recipes ls` lists all",
@@ -129,7 +131,7 @@ def _make(entry: Any, where: str) -> Recipe:
         hint = ""
         if first["type"] == "extra_forbidden":
             hint = closest(path[-1], _fields(cls.config_class, path[:-1]))
-        raise _usage(
+        raise usage_error(
             f"{first['msg']}: {'.'.join(path)}={first['input']!r}",
             f"{where}: {'.'.join(path)}",
             f"{hint}`kit recipes show {name}` describes every option",
@@ -151,14 +153,10 @@ def _override(entries: list[Any], override: str, numbered: bool) -> None:
     number = parts.pop(0) if numbered else "0"
     if not equals or not parts or not all(parts) or not number.isdigit() or int(number) >= len(entries):
         form = "NUMBER.key=value" if numbered else "key=value"
-        raise _usage(f"cannot read the override '{override}'", "--set", f"write {form}, for example seed=1")
+        raise usage_error(f"cannot read the override '{override}'", "--set", f"write {form}, for example seed=1")
     target = entries[int(number)]
     for part in parts[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise _usage(f"'{part}' holds a value, no options", f"--set {override}", "check the dots in the key")
+            raise usage_error(f"'{part}' holds a value, no options", f"--set {override}", "check the dots in the key")
     target[parts[-1]] = yaml.safe_load(value)
-
-
-def _usage(what: str, where: str, next_step: str) -> KitError:
-    return KitError(what, where=where, next_step=next_step, exit_code=ExitCode.USAGE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kit.kernels.counters import counters_of
 from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, group_sums, many_tokens, triton
 from kit.kernels.int4_fp8.packing import TILE, PackedInt4
 from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_rows, swiglu_rows
@@ -18,8 +19,6 @@ FEW = 8  # tokens up to which `few_tokens` runs, up to twice as many for weights
 SMALL = 2**18
 MAX_WIDTH = 65536  # features of a token that a quantizing program holds
 MULTIPROCESSORS = 132  # of an H100 or H200
-
-_counters: dict[tuple[int | None, int, int], Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,6 @@ def _power_of_two(wanted: int, most: int) -> int:
     return 1 << min(max(min(wanted, most), 1).bit_length() - 1, 3)
 
 
-def counters_of(weight: PackedInt4, number: int) -> Tensor:
-    """Counters of a weight, zero between calls. The same weight must not run on two streams at a time."""
-    key = (weight.codes.device.index, weight.codes.data_ptr(), number)
-    if key not in _counters:
-        made = torch.zeros(number, dtype=torch.int32, device=weight.codes.device)
-        if made.is_cuda and torch.cuda.is_current_stream_capturing():
-            return made  # it lives in the graph, which also zeroes it
-        _counters[key] = made
-    return _counters[key]
-
-
 def linear(
     x: Tensor,
     x_scale: Tensor,
@@ -129,7 +117,7 @@ def linear(
     partial, counters = y, y
     if splits > 1:
         partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
-        counters = counters_of(weight, programs * max(cut.parts, 1))
+        counters = counters_of(weight.codes, programs * max(cut.parts, 1))
     options = {
         "HAS_ZEROS": weight.zeros is not None,
         "HAS_BIAS": bias is not None,

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kit.kernels.counters import counters_of
 from kit.kernels.sparse_matvec.kernel import dropped_rows, int4_rows, linear_rows, swiglu_rows, triton
 
 MULTIPROCESSORS = 132  # of the H100 that cuts were chosen on
 MAX_CHUNK = 2048  # input channels that a program lists at once
-
-_counters: dict[tuple[int | None, int, int], Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,6 @@ class Cut:
         else:
             chunk = self.chunk
         return min(triton.cdiv(chunk, 16) * 16, MAX_CHUNK)
-
-
-def counters_of(weight_t: Tensor, tiles: int) -> Tensor:
-    """Counters of a weight, zero between calls. The same weight must not run on two streams at a time."""
-    key = (weight_t.device.index, weight_t.data_ptr(), tiles)
-    if key not in _counters:
-        made = torch.zeros(tiles, dtype=torch.int32, device=weight_t.device)
-        if made.is_cuda and torch.cuda.is_current_stream_capturing():
-            return made  # it lives in the graph, which also zeroes it
-        _counters[key] = made
-    return _counters[key]
 
 
 def sparse_linear(

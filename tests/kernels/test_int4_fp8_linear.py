@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kit.kernels import counters
 from kit.kernels.int4_fp8 import (
     PackedInt4,
     dequantize_weight,
@@ -172,12 +173,12 @@ def test_codes_at_their_ends_are_exact():
 def test_results_are_the_same_bits_each_time_and_scratch_is_left_clean(cut):
     packed, _ = weight(130, 1024, 128, False)
     codes, scale = quantize_fp8(inputs_of(12, 1024))
-    linear_launch._counters.clear()
+    counters._counters.clear()
     first = linear_launch.linear(codes, scale, packed, None, torch.float32, cut)
     for _ in range(3):
         assert torch.equal(linear_launch.linear(codes, scale, packed, None, torch.float32, cut), first)
-    assert linear_launch._counters
-    assert not any(counters.any() for counters in linear_launch._counters.values())
+    assert counters._counters
+    assert not any(each.any() for each in counters._counters.values())
 
 
 def test_a_bad_token_makes_its_row_only_nan():
