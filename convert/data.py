@@ -117,6 +117,16 @@ class TokenRows:
         ignored = self.position_ids == 0
         return self.input_ids.masked_fill(ignored if self.learned is None else ignored | ~self.learned, -100)
 
+    @property
+    def predicting(self) -> Tensor:
+        """Tokens whose prediction counts (N, T), bool: the next one is in the row and `labels` has it.
+
+        So neither padding counts, nor what comes after a document's end, nor what is not learned.
+        """
+        import torch
+
+        return torch.nn.functional.pad(self.labels[:, 1:] != -100, (0, 1))
+
     def summary(self) -> dict[str, Any]:
         """What the report says about the data."""
         rows, length = self.input_ids.shape

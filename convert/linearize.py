@@ -36,9 +36,15 @@ from kit.convert.recipe import (
 from kit.families import TABLE, family_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-    from kit.convert.distill import LayerTeacher
+    from kit.convert.distill import LayerTeacher, WindowDropout
+    from kit.convert.teacher import CachedTeacher
+
+    # what is trained, its loss as a function of row numbers, and what is to be done when it is trained
+    Training = tuple[list[Any], Callable[[Tensor], Tensor], Callable[[], Any]]
 
 SAVE_EVERY = 250  # updates of all weights between two writes of the training's state, three times the model in fp32
 Layers = str | list[int] | None
@@ -66,7 +72,19 @@ class TransferConfig(WindowDropoutConfig):
     )
 
 
-class DistillConfig(WindowDropoutConfig):
+class AdapterConfig(TrainConfig):
+    """A training of LoRA adapters."""
+
+    rank: int = Field(8, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(16, gt=0, description="LoRA scale: the update is alpha / rank · B A.")
+    streamed: bool = Field(
+        False,
+        description="Adapters are trained with one layer's weights in memory: for models that do not fit. Slow: each "
+        "update reads all weights twice.",
+    )
+
+
+class DistillConfig(WindowDropoutConfig, AdapterConfig):
     """Logit distillation: KL to the base's next-token distribution."""
 
     steps: int = Field(0, ge=0, description="Optimizer updates; 0 skips the stage.")
@@ -74,16 +92,18 @@ class DistillConfig(WindowDropoutConfig):
     parameters: Literal["all", "lora"] = Field(
         "all", description="all: every weight; lora: adapters on the attention's projections, and what is new."
     )
-    rank: int = Field(8, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(16, gt=0, description="LoRA scale: the update is alpha / rank · B A.")
+    teacher: Literal["live", "cached"] = Field(
+        "live", description="live: the base runs beside the model; cached: it has run before, see top_k."
+    )
+    top_k: int = Field(
+        64, ge=1, description="Of a cached teacher: likeliest tokens of each place on disk; one number for the others."
+    )
 
 
-class LoraTrainConfig(TrainConfig):
+class LoraTrainConfig(AdapterConfig):
     """Low-rank linearizing: the training loop's options and the adapter's."""
 
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    rank: int = Field(8, ge=1, description="Rank of the LoRA adapters.")
-    alpha: float = Field(16, gt=0, description="LoRA scale: the update is alpha / rank · B A.")
     target_modules: list[str] | None = Field(
         None,
         description="Linears that get an adapter. None: the attention's projections, whatever the family calls them.",
@@ -426,59 +446,89 @@ class LearnedLinearize(Linearize):
     @train_stage
     def logit_distillation(self, run: TrainRun) -> dict[str, Any]:
         """Train the model on KL(base ‖ model) of the next token; the base is the model with all that is new off."""
-        from contextlib import nullcontext
+        from kit.convert.distill import WindowDropout
+        from kit.convert.teacher import CachedTeacher
 
-        from kit.convert.distill import WindowDropout, logit_loss
-        from kit.convert.train import fit
-        from kit.modules.linear_attention import Mixer
-
-        options, model, rows = self.config.distill, run.model, run.rows
-        new = [p for module in model.modules() if isinstance(module, Mixer) for p in module.parameters()]
-        base_weights, peft, off = None, None, nullcontext
-        if options.parameters == "lora":
-            peft, trained = _with_adapters(model, options.rank, options.alpha, None)
-            trained, off = trained + new, peft.disable_adapter
-        else:
-            ours = {id(p) for p in new}
-            base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in ours}
-            trained = list(model.float().parameters())
+        options, rows = self.config.distill, run.rows
         dropout = WindowDropout(*_dropout(options), seed=self.config.seed)
-        loss_of = logit_loss(model, base_weights, off)
-
-        def loss(batch: Tensor) -> Tensor:
-            with dropout.applied(model, batch):
-                return loss_of(rows.input_ids[batch].to(run.device), rows.position_ids[batch].to(run.device))
-
+        teacher = None
+        if options.teacher == "cached":  # before the model is in memory
+            teacher = CachedTeacher(run.state)
+            teacher.fill(run.original, rows, options.top_k, run.progress)
+        make = self._streamed_distillation if options.streamed else self._resident_distillation
+        trained, loss, finish = make(run, dropout, teacher)
         with run.progress.task(f"{self.name}: logit_distillation, steps", options.steps):
-            losses = fit(
-                trained,
-                loss,
-                len(rows.input_ids),
-                options,
-                seed=self.config.seed,
-                device=run.device,
-                name="distill",
-                progress=run.progress,
-                checkpoint=run.state,
-                save_every=SAVE_EVERY,
-                at_step=dropout.at_step,
-            )
-        if peft is not None:
-            peft.merge_and_unload()
+            losses = _fit(run, trained, loss, options, self.config.seed, "distill", SAVE_EVERY, dropout.at_step)
+        finish()
         return {
             "losses": losses,
             "trained_parameters": sum(p.numel() for p in trained),
             "tokens": _tokens(options, rows),
         }
 
+    def _resident_distillation(self, run: TrainRun, dropout: WindowDropout, teacher: CachedTeacher | None) -> Training:
+        """Logit distillation with the whole model in memory."""
+        from contextlib import nullcontext
+
+        from kit.convert.distill import logit_loss
+        from kit.modules.linear_attention import Mixer
+
+        options, model, rows, device = self.config.distill, run.model, run.rows, run.device
+        new = [p for module in model.modules() if isinstance(module, Mixer) for p in module.parameters()]
+        base_weights, off, finish, run_in = None, nullcontext, _nothing, None
+        if options.parameters == "lora":
+            peft, trained = _with_adapters(model, options.rank, options.alpha, None)
+            trained, off, finish = trained + new, peft.disable_adapter, peft.merge_and_unload
+        else:
+            run_in = model.dtype
+            if teacher is None:
+                ours = {id(p) for p in new}
+                base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in ours}
+            trained = list(model.float().parameters())
+        loss_of, predicting = logit_loss(model, base_weights, off, run_in), rows.predicting
+
+        def loss(batch: Tensor) -> Tensor:
+            inputs = (x[batch].to(device) for x in (rows.input_ids, rows.position_ids, predicting))
+            with dropout.applied(model, batch):
+                return loss_of(*inputs, None if teacher is None else teacher(batch))
+
+        return trained, loss, finish
+
+    def _streamed_distillation(self, run: TrainRun, dropout: WindowDropout, teacher: CachedTeacher | None) -> Training:
+        """Logit distillation with one layer's weights in memory."""
+        from kit.convert.distill import logit_kl, top_k_loss
+
+        predicting = run.rows.predicting
+
+        def compare_of(batch: Tensor) -> Any:
+            counts = predicting[batch].to(run.device)
+            known = None if teacher is None else teacher(batch)
+
+            def compare(hidden: Tensor, head: Tensor, cap: float | None, base: Tensor | None) -> Tensor:
+                if known is not None:
+                    return top_k_loss(hidden, head, known, cap, counts)
+                assert base is not None
+                return logit_kl(hidden, head, base, head, cap, counts)
+
+            return compare
+
+        options = self.config.distill
+        return _streamed(run, options, None, True, self.config.seed, compare_of, teacher is None, dropout)
+
     @train_stage
     def low_rank_linearizing(self, run: TrainRun) -> dict[str, Any]:
         """LoRA on the projections with the next-token loss; what is new stays as it is; adapters are merged."""
-        from kit.convert.train import fit
-
         options = self.config.lora
+        trained, loss, finish = (self._streamed_lora if options.streamed else self._resident_lora)(run)
+        with run.progress.task(f"{self.name}: low_rank_linearizing, steps", options.steps):
+            losses = _fit(run, trained, loss, options, self.config.seed, "lora")
+        finish()
+        return {"losses": losses, "trained_parameters": sum(p.numel() for p in trained)}
+
+    def _resident_lora(self, run: TrainRun) -> Training:
+        """LoRA with the whole model in memory."""
+        options, rows, device = self.config.lora, run.rows, run.device
         model, trained = _with_adapters(run.model, options.rank, options.alpha, options.target_modules)
-        rows, device = run.rows, run.device
         labels = rows.labels
 
         def loss(batch: Tensor) -> Tensor:
@@ -489,22 +539,96 @@ class LearnedLinearize(Linearize):
                 use_cache=False,
             ).loss
 
+        def finish() -> None:
+            model.eval()
+            model.merge_and_unload()
+
         model.train()
-        with run.progress.task(f"{self.name}: low_rank_linearizing, steps", options.steps):
-            losses = fit(
-                trained,
-                loss,
-                len(rows.input_ids),
-                options,
-                seed=self.config.seed,
-                device=device,
-                name="lora",
-                progress=run.progress,
-                checkpoint=run.state,
-            )
-        model.eval()
-        model.merge_and_unload()
-        return {"losses": losses, "trained_parameters": sum(p.numel() for p in trained)}
+        return trained, loss, finish
+
+    def _streamed_lora(self, run: TrainRun) -> Training:
+        """LoRA with one layer's weights in memory."""
+        from kit.convert.distill import top_k_loss
+        from kit.convert.teacher import labels_as_teacher
+
+        labels, predicting = run.rows.labels, run.rows.predicting
+
+        def compare_of(batch: Tensor) -> Any:
+            known, counts = labels_as_teacher(labels[batch]), predicting[batch].to(run.device)
+            return lambda hidden, head, cap, _: top_k_loss(hidden, head, known, cap, counts)
+
+        options = self.config.lora
+        return _streamed(run, options, options.target_modules, False, self.config.seed, compare_of, False, None)
+
+
+def _nothing() -> None:
+    """Leave a model as it is."""
+
+
+def _streamed(
+    run: TrainRun,
+    options: AdapterConfig,
+    targets: list[str] | None,
+    mixers: bool,
+    seed: int,
+    compare_of: Callable[[Tensor], Any],
+    teacher: bool,
+    dropout: WindowDropout | None,
+) -> Training:
+    """What a `StreamedTraining` trains, its loss as a function of row numbers, and what is to be done at its end."""
+    from contextlib import nullcontext
+
+    from kit.convert.streamed_training import StreamedTraining
+
+    rows = run.rows
+    training = StreamedTraining(
+        run.streamed(), rank=options.rank, alpha=options.alpha, targets=targets, mixers=mixers, seed=seed
+    )
+
+    def loss(batch: Tensor) -> Tensor:
+        return training.loss(
+            rows.input_ids[batch],
+            rows.position_ids[batch],
+            compare_of(batch),
+            teacher=teacher,
+            rows_at_once=options.micro_batch_size,
+            branches=lambda layer: nullcontext() if dropout is None else dropout.applied(layer, batch),
+        )
+
+    def finish() -> None:
+        run.changed = training.merged()
+
+    return training.parameters, loss, finish
+
+
+def _fit(
+    run: TrainRun,
+    trained: list[Any],
+    loss: Callable[[Tensor], Tensor],
+    options: AdapterConfig,
+    seed: int,
+    name: str,
+    save_every: int | None = None,
+    at_step: Callable[[int], None] | None = None,
+) -> list[float]:
+    """`fit` for a train stage: rows count by the predictions in them; a streamed loss splits its batch itself."""
+    from kit.convert.train import SAVE_EVERY as OFTEN
+    from kit.convert.train import fit
+
+    return fit(
+        trained,
+        loss,
+        len(run.rows.input_ids),
+        options.model_copy(update={"micro_batch_size": None}) if options.streamed else options,
+        seed=seed,
+        device=run.device,
+        name=name,
+        progress=run.progress,
+        row_weights=run.rows.predicting.sum(1),
+        checkpoint=run.state,
+        save_every=save_every or OFTEN,
+        at_step=at_step,
+    )
 
 
 def _steps(options: TrainConfig | None) -> int:

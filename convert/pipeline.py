@@ -522,16 +522,19 @@ class _Conversion:
     def train(
         self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, original: Callable[[], StreamedModel]
     ) -> None:
-        """Run a train stage: the whole converted model resident."""
-        done = self.work.metrics(step)
+        """Run a train stage: the whole converted model resident, if the stage asks for it."""
+        done, state = self.work.metrics(step), self.work.path / f"{step}.training"
         if done is None:
-            model = self.streamed(recipe.build(self.facts(self.config)), self.view, recipe.float32).resident()
-            state = self.work.path / f"{step}.training"
-            done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress, original, state))
-            self.work.commit(step, self.changed(model, ""), done)
-            state.unlink(missing_ok=True)
-            del model
-        self.view.lay_over(self.work.tensors(step))
+            streamed = partial(self.streamed, recipe.build(self.facts(self.config)), self.view, recipe.float32)
+            run = TrainRun(streamed, rows, self.device, self.progress, original, state)
+            done = getattr(recipe, stage.method)(run)
+            for index, tensors in enumerate(run.changed or ()):
+                self.work.commit(f"{step}-layer-{index:04d}", tensors, {})
+            self.work.commit(step, self.changed(run.model, "") if run.changed is None else {}, done)
+            del run
+        state.unlink(missing_ok=True)
+        for file in (*sorted(self.work.path.glob(f"{step}-layer-*.safetensors")), self.work.tensors(step)):
+            self.view.lay_over(file)
         self.stats[f"{recipe.name}.{stage.method}"] = [done]
 
     def changed(self, module: Any, prefix: str) -> dict[str, Any]:

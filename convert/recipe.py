@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -113,7 +114,7 @@ def search_stage(function: Callable) -> Callable:
 
 
 def train_stage(function: Callable) -> Callable:
-    """Mark `method(self, run: TrainRun) -> dict[str, Any]`: the whole converted model resident, changed in place."""
+    """Mark `method(self, run: TrainRun) -> dict[str, Any]`: the whole converted model, changed in place."""
     return _mark("train")(function)
 
 
@@ -208,23 +209,30 @@ class Layer:
 
 @dataclass
 class TrainRun:
-    """The whole model in a train stage: change `model` in place (it must have no adapters left at the end).
+    """A train stage: change `model` in place (it must have no adapters left at the end), or hand over `changed`.
 
     Attributes:
-        model: the converted model.
+        streamed: makes the converted model, one layer resident at a time.
         rows: the calibration rows.
         device: where the model lives.
         progress: report steps and losses here.
         original: makes the model before this recipe, one layer resident at a time: a teacher.
         state: file in which `fit(checkpoint=...)` keeps a training, so that a killed one goes on where it was.
+        changed: where the stage does without `model`: the tensors that it changed, layer by layer, by full name.
     """
 
-    model: Any
+    streamed: Callable[[], StreamedModel]
     rows: TokenRows
     device: str
     progress: Progress
     original: Callable[[], StreamedModel]
     state: Path
+    changed: Iterator[dict[str, Any]] | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The whole converted model, in memory from here on."""
+        return self.streamed().resident()
 
 
 @dataclass
