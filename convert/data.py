@@ -476,7 +476,7 @@ def _rows_at_once(model: Any, seq_len: int) -> int:
     from kit.convert.inspect import cache_bytes
     from kit.convert.measure import free_memory
 
-    cost = cache_bytes(model.config.to_dict(), model.dtype.itemsize)
+    cost = cache_bytes(model.config.get_text_config().to_dict(), model.dtype.itemsize)
     fit = free_memory(str(model.device)) // 4 // (cost["per_token"] * seq_len + cost["constant"])
     return max(1, min(fit, 32 if model.device.type == "cpu" else 256))
 

@@ -138,18 +138,17 @@ def weight_loss(mixer: Mixer, q: Tensor, k: Tensor, step: Step, teacher_q: Tenso
         teacher_q, teacher_k: the same as softmax attention gets them.
     """
     batch, heads, length = q.shape[:3]
-    _, causal = causal_places(step, length, q.device)
-    if step.base_window is not None:
-        at = torch.arange(length, device=q.device)
-        causal = causal & (at[:, None] - at < step.base_window)
-
+    at = torch.arange(length, device=q.device)
     branches = mixer.linear_weight, mixer.window_weight
 
     def part(q: Tensor, k: Tensor, start: int, stop: int) -> Tensor:
         with exact_branch_weights(mixer, *branches):
             log_a = mixer.log_weights(q, k, step, start, stop).log_softmax(-1)
         scores = softmax_scores(teacher_q[:, :, start:stop], teacher_k, step.scale, step.softcap)
-        visible = causal[:, None, start:stop].expand(log_a.shape)
+        _, visible = causal_places(step, length, start, stop, q.device)
+        if step.base_window is not None:
+            visible = visible & (at[start:stop, None] - at < step.base_window)
+        visible = visible[:, None].expand(log_a.shape)
         p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return -(p * log_a.clamp(min=-100.0)).sum()  # softmax sees what a window without linear branch cannot: p log 0
 

@@ -13,6 +13,7 @@ A stage without steps is left out.
 from __future__ import annotations
 
 import re
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     # what is trained, its loss as a function of row numbers, and what is to be done when it is trained
     Training = tuple[list[Any], Callable[[Tensor], Tensor], Callable[[], Any]]
 
+STATE_BYTES = 12  # of a trained number in the state of a training: it and AdamW's two moments, fp32
+TEACHER_TOKENS = 2**20  # of one pass of a cached teacher
 SAVE_EVERY = 250  # updates of all weights between two writes of the training's state, three times the model in fp32
 Layers = str | list[int] | None
 
@@ -171,7 +174,14 @@ class Linearize(Recipe):
             "logit_distillation": _steps(getattr(self.config, "distill", None)),
             "low_rank_linearizing": _steps(getattr(self.config, "lora", None)),
         }
+        if self.starts_from_data and any(steps.values()):
+            steps["attention_transfer"] = 1
         return [stage for stage in self.stages() if steps.get(stage.method, 1)]
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether new parameters get starting values from data (`start`), where there is some for another stage."""
+        return False
 
     def needs_data(self) -> bool:
         """Only if a stage is active."""
@@ -249,7 +259,7 @@ class Linearize(Recipe):
                 types[own] if kind == "full" else "hybrid_sliding" for kind, own in zip(kinds, kept, strict=True)
             ],
             # one window for all of transformers' cache layers: beside layers that keep a wider one, ours keep as many
-            "sliding_window": max(config["sliding_window"], near) if any(kept) else near,
+            "sliding_window": max(model.family.sliding_window(config) or 0, near) if any(kept) else near,
             **({"use_sliding_window": True} if "use_sliding_window" in config or family.startswith("qwen") else {}),
             "linear_attention": {
                 "mixers": kinds,
@@ -308,6 +318,13 @@ class Linearize(Recipe):
             ),
         ]
 
+    def activations(self, stage: Stage, model: ModelFacts) -> int:
+        """As of every recipe; the measurement of sensitivity carries a stream for each layer, on a few rows."""
+        if stage.method != "layer_sensitivity":
+            return super().activations(stage, model)
+        rows = min(self.config.sensitivity_rows, self.config.data.num_samples)
+        return (model.num_layers + 2) * rows * self.config.data.seq_len * model.hidden_size
+
     @search_stage
     def layer_sensitivity(self, run: SearchRun) -> dict[str, Any]:
         """Give each layer alone a window with sinks, and measure KL(base ‖ so changed) of the logits.
@@ -336,6 +353,10 @@ class Linearize(Recipe):
 class LearnedLinearize(Linearize):
     """Base of the recipes whose attention has to be learned."""
 
+    when_too_large = (
+        "train adapters with one layer in memory: --set distill.parameters=lora --set distill.streamed=true "
+        "--set lora.streamed=true; or leave stages out (distill.steps=0, lora.steps=0)"
+    )
     config: LearnedConfig
 
     def section(self, model: ModelFacts) -> dict[str, Any]:
@@ -349,6 +370,23 @@ class LearnedLinearize(Linearize):
             KitError: on linears for LoRA that the model has not, beside what the other recipes raise.
         """
         items = super().plan(model)
+        distill = self.config.distill
+        if distill.steps and distill.streamed and distill.parameters == "all":
+            raise self._usage(
+                "all weights cannot be trained with one layer in memory: their gradients and moments do not fit",
+                "distill.streamed",
+                "add distill.parameters=lora, or leave distill.streamed at false",
+            )
+        if size := self._teacher_bytes():
+            items.append(PlanItem("teacher's logits", f"{size / 1e9:,.2f} GB on disk ({distill.top_k} a token)"))
+        passes = [options for options in (distill, self.config.lora) if options.steps and options.streamed]
+        if passes:
+            each = 2 * 2 * model.num_parameters / 1e9
+            items.append(
+                PlanItem(
+                    "streamed training", f"{sum(o.steps for o in passes):,} updates read {each:,.1f} GB each (bf16)"
+                )
+            )
         modules = [name.removesuffix(".weight") for name in model.shapes if name.endswith(".weight")]
         for target in (self.config.lora.steps and self.config.lora.target_modules) or ():
             if not any(f".{name}".endswith(f".{target}") for name in modules):
@@ -374,10 +412,84 @@ class LearnedLinearize(Linearize):
         maps = (heads + key_maps) * head_dim * self._feature_dim(model)
         return converted * (maps + self.layer_parameters(model))
 
-    def bytes_per_parameter(self) -> float:
-        """Logit distillation of all weights: fp32 weights, gradients and AdamW's two moments, and the base in bf16."""
-        distills = any(stage.method == "logit_distillation" for stage in self.active_stages())
-        return 18.0 if distills and self.config.distill.parameters == "all" else super().bytes_per_parameter()
+    def _trained(self, stage: Stage, model: ModelFacts) -> tuple[int, int, int]:
+        """What a train stage trains: numbers of the model's own, of adapters, and new ones."""
+        new = self.new_parameters(model)
+        if stage.method == "logit_distillation" and self.config.distill.parameters == "all":
+            return model.num_parameters, 0, new
+        distills = stage.method == "logit_distillation"
+        options = self.config.distill if distills else self.config.lora
+        adapters = options.rank * sum(sum(shape) for shape in self._adapted(stage, model))
+        return 0, adapters, new if distills else 0
+
+    def _adapted(self, stage: Stage, model: ModelFacts) -> list[tuple[int, ...]]:
+        """Shapes of the weights that get an adapter."""
+        names = self.config.lora.target_modules if stage.method == "low_rank_linearizing" else None
+        names = names or [f"{model.family.attention}.{n}" for n in (*model.family.projections, model.family.output)]
+        ends = tuple(f".{name}.weight" for name in names)
+        return [shape for name, shape in model.shapes.items() if name.endswith(ends)]
+
+    def _is_streamed(self, stage: Stage) -> bool:
+        options = self.config.distill if stage.method == "logit_distillation" else self.config.lora
+        return stage.kind == "train" and options.streamed
+
+    def whole_model_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> float:
+        """Weights; gradients and AdamW's moments (fp32) of what is trained; a copy of the base where it runs beside.
+
+        Weights that are trained are fp32.
+        """
+        if stage.kind != "train" or self._is_streamed(stage):
+            return 0
+        own, adapters, new = self._trained(stage, model)
+        copied = bool(own) and self.config.distill.teacher == "live"
+        weights = 4 * own if own else bytes_each * model.num_parameters
+        return weights + bytes_each * own * copied + 4 * self.new_parameters(model) + 12 * (own + new) + 16 * adapters
+
+    def streamed_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> float:
+        """Of a streamed training: what enters each layer, what is trained with gradients and moments, and the head."""
+        if not self._is_streamed(stage):
+            return 0
+        options = self.config.distill if stage.method == "logit_distillation" else self.config.lora
+        _, adapters, new = self._trained(stage, model)
+        tokens = options.batch_size * self.config.data.seq_len
+        head = int(model.config["vocab_size"]) * model.hidden_size
+        hidden = (model.num_layers + 3) * tokens * model.hidden_size
+        return bytes_each * (hidden + head) + 16 * (adapters + new)
+
+    def disk_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> tuple[float, float]:
+        """Changed tensors stay; while they are made, so do the state of the training (twice while it is written anew),
+        and what is kept of the teacher.
+        """
+        if stage.kind == "search":
+            return 0, 0
+        if stage.method == "attention_transfer":
+            new = self.new_parameters(model)
+            state = _state_bytes(new / max(self.kinds(model).count(self.mixer), 1), self.config.transfer.steps, 25)
+            return 4 * new, 4 * new + state
+        own, adapters, new = self._trained(stage, model)
+        kept = 4 * (own + new) + bytes_each * (sum(map(prod, self._adapted(stage, model))) if adapters else 0)
+        trained = own + adapters + new
+        if stage.method == "low_rank_linearizing":
+            return kept, max(_state_bytes(trained, self.config.lora.steps, 25), STATE_BYTES * trained + kept)
+        state = max(_state_bytes(trained, self.config.distill.steps, SAVE_EVERY), STATE_BYTES * trained + kept)
+        return kept, state + self._teacher_bytes()
+
+    def _teacher_bytes(self) -> int:
+        """Files of a cached teacher."""
+        data, distill = self.config.data, self.config.distill
+        tokens = data.num_samples * data.seq_len
+        return tokens * (8 * distill.top_k + 4) if distill.steps and distill.teacher == "cached" else 0
+
+    def activations(self, stage: Stage, model: ModelFacts) -> int:
+        """Of attention transfer: what enters and leaves a layer and its attention; of a cached teacher: a layer."""
+        if stage.method == "attention_transfer":
+            heads, _, head_dim = model.heads
+            rows = self.stage_rows(stage, self.config.data.num_samples)
+            return rows * self.config.data.seq_len * (3 * model.hidden_size + heads * head_dim)
+        if stage.method == "logit_distillation" and self.config.distill.teacher == "cached":
+            data = self.config.data
+            return 2 * min(data.num_samples * data.seq_len, max(TEACHER_TOKENS, data.seq_len)) * model.hidden_size
+        return super().activations(stage, model)
 
     def flops_per_parameter(self) -> float:
         """Teacher pass, attention-only steps (about a fifth of a pass each way), and whole-model steps."""
@@ -387,15 +499,19 @@ class LearnedLinearize(Linearize):
         if "attention_transfer" in active:
             flops += 2.0 * self.config.data.num_samples * row + 0.6 * transfer.steps * transfer.batch_size * row
         if "logit_distillation" in active:
-            flops += (8 if distill.parameters == "all" else 6.5) * distill.steps * distill.batch_size * row
+            cached = distill.teacher == "cached"
+            each = (8 if distill.parameters == "all" else 6.5) - 2 * cached + 2 * distill.streamed
+            flops += each * distill.steps * distill.batch_size * row
+            flops += 2.0 * cached * self.config.data.num_samples * row
         if "low_rank_linearizing" in active:
-            flops += 4.5 * lora.steps * lora.batch_size * row
+            flops += (4.5 + 2 * lora.streamed) * lora.steps * lora.batch_size * row
         return flops
 
     def stage_rows(self, stage: Stage, num_rows: int) -> int:
         """Attention transfer takes no more rows than its steps need."""
         transfer = self.config.transfer
-        return min(num_rows, transfer.steps * transfer.batch_size) if stage.method == "attention_transfer" else num_rows
+        needed = max(transfer.steps, 1) * transfer.batch_size
+        return min(num_rows, needed) if stage.method == "attention_transfer" else num_rows
 
     def start(self, teacher: LayerTeacher) -> None:
         """Set parameters from data before a layer is trained, where a recipe does that."""
@@ -421,8 +537,10 @@ class LearnedLinearize(Linearize):
                     return teacher.weight_error(rows)
                 return 1000 * teacher.output_error(rows)
 
-        if options.linear_steps < options.steps:
+        if options.linear_steps < options.steps or not options.steps:
             self.start(teacher)
+        if not options.steps:
+            return {"relative_error_before": before, "relative_error": teacher.relative_error(options.batch_size)}
         losses = fit(
             parameters,
             loss,
@@ -561,6 +679,11 @@ class LearnedLinearize(Linearize):
         return _streamed(run, options, options.target_modules, False, self.config.seed, compare_of, False, None)
 
 
+def _state_bytes(trained: float, steps: int, save_every: int) -> float:
+    """The most that the state of a training takes: the old one stays until the new one is written."""
+    return STATE_BYTES * trained * (2 if steps > save_every else 1)
+
+
 def _nothing() -> None:
     """Leave a model as it is."""
 
@@ -674,8 +797,7 @@ def _with_sliding(model: ModelFacts, kinds: list[str]) -> list[str]:
 def _base_windows(model: ModelFacts) -> list[int | None] | None:
     """The sliding windows that the layers of a model have already; None if none has one."""
     config = model.config
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
+    if not (window := model.family.sliding_window(config)):
         return None
     if any(sliding := model.family.sliding_layers(config)):
         return [window if own else None for own in sliding]

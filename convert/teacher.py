@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kit.convert.distill import LOGITS_AT_ONCE
+from kit.convert.linearize import TEACHER_TOKENS
 from kit.convert.streaming import StreamedModel, streamed_hidden
 from kit.convert.work import disk_errors
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from kit.convert.data import TokenRows
     from kit.convert.progress import Progress
-
-TOKENS_AT_ONCE = 2**20  # of one pass over the layers, and of one file
 
 
 class TopLogits(NamedTuple):
@@ -67,7 +66,7 @@ class CachedTeacher:
             KitError: if the disk is full.
         """
         count, length = rows.input_ids.shape
-        size = max(TOKENS_AT_ONCE // length, 1)
+        size = max(TEACHER_TOKENS // length, 1)  # of one pass, and of one file
         self.starts, self._files = [], []
         teacher: StreamedModel | None = None
         with progress.task("teacher, rows", count):
@@ -92,11 +91,6 @@ class CachedTeacher:
             for parts, name in zip(found, TopLogits._fields, strict=True):
                 parts.append(self._files[at].get_slice(name)[row - self.starts[at]])
         return TopLogits(*map(torch.stack, found))
-
-
-def cached_bytes(tokens: int, top_k: int) -> int:
-    """Size of the files for so many tokens."""
-    return tokens * (8 * top_k + 4)
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def streamed(llama, config=None):
 
 
 def test_files_hold_the_teachers_likeliest_tokens_and_a_killed_run_goes_on(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(teachers, "TOKENS_AT_ONCE", 3 * 40)
+    monkeypatch.setattr(teachers, "TEACHER_TOKENS", 3 * 40)
     monkeypatch.setattr(teachers, "LOGITS_AT_ONCE", 7 * 96)
     rows, made = rows_of(llama), []
 
@@ -99,7 +99,8 @@ def test_files_hold_the_teachers_likeliest_tokens_and_a_killed_run_goes_on(llama
     files = sorted(tmp_path.iterdir())
     assert [file.name for file in files] == [f"step.teacher-000{i}.safetensors" for i in range(3)]
     size = sum(file.stat().st_size for file in files)
-    assert teachers.cached_bytes(rows.num_tokens, 5) <= size <= teachers.cached_bytes(rows.num_tokens, 5) + 3 * 400
+    planned = load_recipes("lolcats", [*SHORT, "distill.steps=1", "distill.teacher=cached", "distill.top_k=5"])[0]
+    assert planned._teacher_bytes() <= size <= planned._teacher_bytes() + 3 * 400
     inode = files[0].stat().st_ino
     files[1].unlink()
     found = CachedTeacher(stem)
