@@ -350,3 +350,24 @@ def test_streamed_lora_is_peft_with_the_next_token_loss(llama, tmp_path):
         reports.append(report["stages"]["lolcats.low_rank_linearizing"][0])
     assert reports[0]["losses"] == pytest.approx(reports[1]["losses"], rel=1e-5)
     assert reports[0]["trained_parameters"] == reports[1]["trained_parameters"]
+
+
+@pytest.mark.parametrize("name", ["lolcats", "lizard"])
+def test_autocast_keeps_every_gradient(llama, name):
+    """bf16 weights under autocast, as on a GPU: casts cached by the pass without gradients must not be taken again."""
+    rows = rows_of(llama, 4)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        training, _, _ = training_of(llama, name, *SHORT)
+        training.model.dtype = dtype
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = training.loss(
+                rows.input_ids,
+                rows.position_ids,
+                lambda h, w, cap, base: logit_kl(h, w, base, w, cap),
+                teacher=True,
+            )
+        found.append(torch.autograd.grad(loss, training.parameters))
+    for right, got in zip(*found, strict=True):
+        assert got.dtype == torch.float32
+        assert F.cosine_similarity(right.flatten(), got.flatten(), dim=0) > 0.8

@@ -472,7 +472,7 @@ def test_branches_are_balanced_on_data_without_attention_transfer_too(llama, tmp
 
     rest = [] if "lora.steps=1" in options else ["lora.steps=0"]
     balanced = factors(*options, *rest)
-    assert (balanced - 0.1).abs().min() > 1e-3
+    assert (balanced - 0.1).abs().mean() > 1e-2
     transferred = factors(*options, *rest, "transfer.steps=1", "transfer.learning_rate=1e-9")
     torch.testing.assert_close(balanced, transferred, atol=1e-5, rtol=1e-4)
     given = factors(*options, *rest, "window_factor=0.2")
