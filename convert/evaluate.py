@@ -202,11 +202,13 @@ def evaluate(
                 text.prompts = texts.prompts(held_out, generations)
             if is_base and text.sampled is not None:
                 text.base_log_probs = _scratch_tensor(
-                    Path(scratch) / "base", text.sampled.numel(), model.config.vocab_size
+                    Path(scratch) / "base", text.sampled.numel(), model.config.get_text_config().vocab_size
                 )
             if is_base and text.retention is not None and text.retention.preserve is not None:
                 text.retention.base_log_probs = _scratch_tensor(
-                    Path(scratch) / "preserve", text.retention.preserve.numel(), model.config.vocab_size
+                    Path(scratch) / "preserve",
+                    text.retention.preserve.numel(),
+                    model.config.get_text_config().vocab_size,
                 )
             ablated = ablations and checkpoint is next(iter(models.values()), None)
             for variant, context in _variants(model, ablated, windows if is_base else ()):
@@ -347,7 +349,9 @@ def _speed(model: Any, device: str) -> dict[str, float]:
     from kit.modules.cache import carried_cache
 
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (1, DECODE_PROMPT), generator=generator).to(model.device)
+    prompt = torch.randint(model.config.get_text_config().vocab_size, (1, DECODE_PROMPT), generator=generator).to(
+        model.device
+    )
 
     def clock() -> float:
         if device.startswith("cuda"):

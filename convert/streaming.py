@@ -251,6 +251,10 @@ class StreamedModel:
         """Names of a layer's tensors, without the prefix."""
         return list(self._layers[index].state_dict())
 
+    def layer_on_meta(self, index: int) -> nn.Module:
+        """A layer without its weights."""
+        return self._layers[index]
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Make one layer resident: its module, weights frozen; parameters the checkpoint lacks are initialised."""
@@ -308,8 +312,8 @@ class StreamedModel:
         """Final norm and output head: (B, T, hidden) -> (B, T, vocabulary)."""
         return self.head()(hidden.to(self.device))
 
-    def head(self) -> nn.Module:
-        """Make the final norm and the output head resident, as one module."""
+    def head(self) -> nn.Sequential:
+        """Make the final norm, the output head, and the cap of the logits where there is one, resident."""
         norm = self._materialise(self._norm, f"{self.prefix}{self.family.norm}.")
         head = self.model.get_output_embeddings()
         tied = "lm_head.weight" not in self.view

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -78,7 +78,9 @@ def fit(
     from accelerate import Accelerator
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    trained = [parameter.requires_grad_(True) for parameter in parameters]
+    trained = list(parameters)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
     on_gpu = device != "cpu"
     fused = on_gpu or None  # a few launches for all parameters; on a CPU PyTorch chooses
@@ -159,7 +161,7 @@ def _random_state(device: str) -> dict[str, Tensor]:
 
 def _save(
     file: Path,
-    trained: list[Tensor],
+    trained: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     described: dict[str, Any],
     losses: list[float],
@@ -180,7 +182,7 @@ def _save(
 
 def _restore(
     file: Path,
-    trained: list[Tensor],
+    trained: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     described: dict[str, Any],
     device: str,
