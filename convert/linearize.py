@@ -71,6 +71,9 @@ class DistillConfig(WindowDropoutConfig):
 
     steps: int = Field(0, ge=0, description="Optimizer updates; 0 skips the stage.")
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    new_learning_rate: float | None = Field(
+        None, gt=0, description="That of what the base does not have: feature maps, gates, factors. None: the same."
+    )
     parameters: Literal["all", "lora"] = Field(
         "all", description="all: every weight; lora: adapters on the attention's projections, and what is new."
     )
@@ -442,6 +445,11 @@ class LearnedLinearize(Linearize):
             ours = {id(p) for p in new}
             base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in ours}
             trained = list(model.float().parameters())
+        ours = {id(p) for p in new}
+        rates = [
+            options.new_learning_rate or options.learning_rate if id(p) in ours else options.learning_rate
+            for p in trained
+        ]
         dropout = WindowDropout(*_dropout(options), seed=self.config.seed)
         loss_of = logit_loss(model, base_weights, off)
 
@@ -462,6 +470,7 @@ class LearnedLinearize(Linearize):
                 checkpoint=run.state,
                 save_every=SAVE_EVERY,
                 at_step=dropout.at_step,
+                rates=None if options.new_learning_rate is None else rates,
             )
         if peft is not None:
             peft.merge_and_unload()
