@@ -13,9 +13,10 @@ RUNS.txt has a run a line, in order of importance: its name, a recipe, and optio
     base base
 
 A line that begins with `*` holds options for all later runs of a recipe. `seconds=N` trains on the logits for as many
-updates as fit until N seconds after the start, by measured updates. `base` is the model itself. A run that fails leaves
-its error in its log; one that would not be done `--seconds` after the start is left out, and so is one whose file is
-there already. Several such commands, one a device, may share a RUNS.txt and an output: each run is taken once.
+updates as fit until N seconds after the start, by measured updates. `base` is the model itself. Settings that cannot be
+are refused at once. A run that fails leaves its error in its log; one that would not be done `--seconds` after the start
+is left out, and so is one whose file is there already. Several such commands, one a device, may share a RUNS.txt and an
+output: each run is taken once.
 
 Attention transfer runs as `kit convert` runs it, once for runs that do not differ in it. Choose by the development
 text's figures; the test text is for the report.
@@ -55,7 +56,7 @@ from kit.convert.perplexity import measures
 from kit.convert.pipeline import Options, convert, resolve_device
 from kit.convert.progress import Progress
 from kit.convert.recall import measure_recall, recall_test
-from kit.convert.recipe import TrainRun
+from kit.convert.recipe import ModelFacts, TrainRun
 from kit.modules.linear_attention import ABLATIONS, Mixer, branch_weights
 from kit.recipes import load_recipes
 
@@ -431,7 +432,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="Folder for the models, if they are to be kept.")
     options, started = parser.parse_args(), time.time()
     options.output.mkdir(parents=True, exist_ok=True)
-    read_runs(options.runs.read_text())
+    facts = ModelFacts.of(open_checkpoint(options.model))
+    for run in read_runs(options.runs.read_text()):
+        if run.recipe != "base":
+            load_recipes(run.recipe, [f"data.seq_len={options.seq_len}", *run.settings])[0].plan(facts)
     context = multiprocessing.get_context("spawn")
 
     def start() -> Any:
