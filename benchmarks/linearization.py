@@ -14,9 +14,9 @@ RUNS.txt has a run a line, in order of importance: its name, a recipe, and optio
 
 A line that begins with `*` holds options for all later runs of a recipe. `seconds=N` trains on the logits for as many
 updates as fit until N seconds after the start, by measured updates. `base` is the model itself. Settings that cannot be
-are refused at once. A run that fails leaves its error in its log; one that would not be done `--seconds` after the start
-is left out, and so is one whose file is there already. Several such commands, one a device, may share a RUNS.txt and an
-output: each run is taken once.
+are refused at once. A run that fails leaves its error in its log; one that would not be done `--seconds` after the
+start is left out, and so is one whose file is there already. Several such commands, one a device, may share a RUNS.txt
+and an output: each run is taken once.
 
 Attention transfer runs as `kit convert` runs it, once for runs that do not differ in it. Choose by the development
 text's figures; the test text is for the report.
