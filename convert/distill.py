@@ -7,7 +7,7 @@ all weights are trained, the base's weights are kept beside them in the compute 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kit.convert.passes import Pass
 from kit.convert.streaming import Recorder
 from kit.families import family_of
 from kit.kernels.logit_kl import kl_and_gradient
@@ -66,9 +67,26 @@ class WindowDropout:
         share = self.share[0] + (self.share[1] - self.share[0]) * done
         return random.Random(f"{self.seed}:{self.step}:{rows.tolist()}").random() < share
 
-    def applied(self, model: nn.Module, rows: Tensor) -> Any:
-        """Context in which the model has its window, or has not."""
-        return branch_weights(model, *LINEAR_ONLY) if self.drops(rows) else nullcontext()
+    def passed(
+        self, model: nn.Module, rows: Tensor, loss: Callable[..., Tensor], *, packed: bool, **inputs: Tensor | None
+    ) -> Pass:
+        """The pass of a loss on rows, with the model's window or without.
+
+        Args:
+            model: what has the window.
+            rows: (B,), which rows.
+            loss: maps the inputs to their loss.
+            packed: rows hold several sequences; how many decides on shapes, so that such a pass is never captured.
+            inputs: those that are None are left out.
+        """
+        dropped = self.drops(rows)
+
+        def value(**inputs: Tensor) -> Tensor:
+            with branch_weights(model, *LINEAR_ONLY) if dropped else nullcontext():
+                return loss(**inputs)
+
+        given = {name: x for name, x in inputs.items() if x is not None}
+        return Pass(value, given, None if packed else ("no window" if dropped else "whole"))
 
 
 class LayerTeacher:
@@ -89,39 +107,44 @@ class LayerTeacher:
         self.attention, self.output = layer.model.attention(layer.module), layer.model.output_projection(layer.module)
         self.positions = layer.inputs.position_ids
 
-    def run(self, rows: Any, length: int | None = None) -> None:
-        """Run the attention layer on rows of hidden states, and on their first tokens only if a length is given."""
-        hidden = self.inputs[rows, :length].to(self.device)
-        where = self.positions[rows, :length].to(self.device)
+    def given(self, rows: Any, length: int | None = None) -> dict[str, Tensor | None]:
+        """What `run` takes for rows, and for their first tokens only if a length is given."""
+        where = self.positions[rows, :length]
+        return {"hidden": self.inputs[rows, :length], "positions": where, "segment_ids": packed_segments(where)}
+
+    def run(self, hidden: Tensor, positions: Tensor, segment_ids: Tensor | None = None) -> None:
+        """Run the attention layer on hidden states (B, T, hidden) at positions (B, T), maybe of packed sequences."""
+        hidden, positions = hidden.to(self.device), positions.to(self.device)
         self.attention(
             hidden_states=hidden,
-            position_embeddings=self.model.position_embeddings(hidden, where, self.index),
+            position_embeddings=self.model.position_embeddings(hidden, positions, self.index),
             attention_mask=None,
-            segment_ids=packed_segments(where),
+            segment_ids=None if segment_ids is None else segment_ids.to(self.device),
         )
 
-    def output_error(self, rows: Any) -> Tensor:
-        """Mean squared error of the heads' outputs, before o_proj."""
+    def output_error(self, targets: Tensor, **given: Any) -> Tensor:
+        """Mean squared error of the heads' outputs, before o_proj, against (B, T, H·D)."""
         outputs: list[Tensor] = []
         with watched(self.attention, self.output, None, outputs.append):
-            self.run(rows)
-        return F.mse_loss(outputs[0].float(), self.targets[rows].to(self.device).float())
+            self.run(**given)
+        return F.mse_loss(outputs[0].float(), targets.to(self.device).float())
 
-    def weight_error(self, rows: Any) -> Tensor:
+    def weight_error(self, **given: Any) -> Tensor:
         """Cross-entropy of the attention weights with softmax's as labels (Hedgehog, arXiv:2402.04347, Eq. 4)."""
         mixer = self.attention.linear_attention
         with torch.no_grad(), original_attention(self.attention), queries_keys(mixer) as asked:
-            self.run(rows)
-        with queries_keys(mixer) as given:
-            self.run(rows)
-        (q, k, step), (teacher_q, teacher_k, _) = given[0], asked[0]
+            self.run(**given)
+        with queries_keys(mixer) as seen:
+            self.run(**given)
+        (q, k, step), (teacher_q, teacher_k, _) = seen[0], asked[0]
         return weight_loss(mixer, q, k, step, teacher_q, teacher_k)
 
     def relative_error(self, num_rows: int) -> float:
         """Output error over the targets' variance, on the first rows."""
         rows = torch.arange(min(len(self.inputs), num_rows))
+        targets = self.targets[rows]
         with torch.no_grad():
-            return float(self.output_error(rows) / self.targets[rows].float().var())
+            return float(self.output_error(targets, **self.given(rows)) / targets.float().var())
 
 
 def weight_loss(mixer: Mixer, q: Tensor, k: Tensor, step: Step, teacher_q: Tensor, teacher_k: Tensor) -> Tensor:
@@ -154,7 +177,7 @@ def weight_loss(mixer: Mixer, q: Tensor, k: Tensor, step: Step, teacher_q: Tenso
 
     size = max(SCORES_AT_ONCE // (batch * heads * length), 1)
     parts = [
-        checkpoint(part, q, k, start, min(start + size, length), use_reentrant=False)
+        checkpoint(part, q, k, start, min(start + size, length), use_reentrant=False, preserve_rng_state=False)
         for start in range(0, length, size)
     ]
     return torch.stack(parts).sum() / (batch * heads * length)
@@ -241,10 +264,75 @@ def logit_kl(
         return _ChunkedKL.apply(flat, weight, teacher, teacher_weight.detach().to(teacher.dtype), softcap)
 
 
+class _Rounded(torch.autograd.Function):
+    """Many tensors in one dtype, each way in a few launches; one by one they would be two for each tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.kinds = [x.dtype for x in tensors]
+        return _copied(tensors, [kind] * len(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        given = [number for number, grad in enumerate(grads) if grad is not None]
+        copies = iter(_copied([grads[number] for number in given], [ctx.kinds[number] for number in given]))
+        return None, *(None if grad is None else next(copies) for grad in grads)
+
+
+def _copied(tensors: Sequence[Any], kinds: list[torch.dtype]) -> tuple[Tensor, ...]:
+    copies = [torch.empty_like(x, dtype=kind) for x, kind in zip(tensors, kinds, strict=True)]
+    torch._foreach_copy_(copies, list(tensors))
+    return tuple(copies)
+
+
+@contextmanager
+def compiled_layers(model: Any, attempt: Callable[[], Any], say: Callable[[str], None]) -> Iterator[None]:
+    """Run a model's decoder layers through torch.compile while the context is open; equal layers are compiled once.
+
+    Rows of packed sequences run as they are: how many there are is data, on which shapes depend.
+
+    Args:
+        model: the linearized causal language model, or what holds one (PEFT).
+        attempt: runs it forward and backward; compiling happens there.
+        say: is told if that failed; layers run as they are then.
+    """
+    family = family_of(model.config.model_type)
+    layers = next(layer for module in model.modules() if (layer := getattr(module, family.layers, None)) is not None)
+    for layer in layers:
+        layer.forward = _compiled(layer.forward)
+    try:
+        try:
+            attempt()
+        except Exception as error:  # whatever it is, the training itself meets it again if it is not the compiler's
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            say(f"layers could not be compiled ({reason}): they run as they are, which is slower")
+            _plain(layers)
+        yield
+    finally:
+        _plain(layers)
+
+
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    fast = torch.compile(plain, fullgraph=True, dynamic=False)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (fast if kwargs.get("segment_ids") is None else plain)(*args, **kwargs)
+
+    return forward
+
+
+def _plain(layers: Any) -> None:
+    for layer in layers:
+        vars(layer).pop("forward", None)
+
+
 def logit_loss(
     model: Any, base_weights: dict[str, Tensor] | None, adapters_off: Callable[[], Any] = nullcontext
 ) -> Callable[..., Tensor]:
     """Make the KL loss of a linearized model against its base, as a function of `input_ids` and `position_ids`.
+
+    Positions may be left out where they are 0, 1, ... in every row: looking for packed sequences waits for the GPU.
 
     Weights that are trained in fp32 run rounded to the dtype of the base's, as they will be written: activations are
     half as large then as autocast would make them.
@@ -260,7 +348,7 @@ def logit_loss(
     embedding = f"{prefix}{family_of(model.config.model_type).embedding}.weight"
     inner = {n.removeprefix(prefix): value for n, value in (base_weights or {}).items() if n.startswith(prefix)}
 
-    def loss(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def loss(input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         with torch.no_grad(), original_attention(model), adapters_off():
             if base_weights is None:
@@ -268,9 +356,8 @@ def logit_loss(
             else:
                 teacher = torch.func.functional_call(body, inner, kwargs=inputs).last_hidden_state
                 teacher_head = base_weights["lm_head.weight" if "lm_head.weight" in base_weights else embedding]
-        rounded = {
-            n: p.to(teacher.dtype) for n, p in body.named_parameters() if n in inner and p.dtype != teacher.dtype
-        }
+        wide = {n: p for n, p in body.named_parameters() if n in inner and p.dtype != teacher.dtype}
+        rounded = dict(zip(wide, _Rounded.apply(teacher.dtype, *wide.values()), strict=True)) if wide else {}
         hidden = torch.func.functional_call(body, rounded, kwargs=inputs).last_hidden_state
         return logit_kl(hidden, head.weight, teacher, teacher_head, cap)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.convert.errors import ExitCode, KitError
+from kit.convert.passes import Pass, Passes
 from kit.convert.progress import Progress
 from kit.convert.work import disk_errors
 
@@ -29,9 +30,14 @@ def bf16_is_fast(device: str) -> bool:
     return device != "cpu" or any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
+def autocast(device: str) -> torch.autocast:
+    """The context of forward passes: products in bf16 on a GPU."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu")
+
+
 def fit(
     parameters: Iterable[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor], Tensor | Pass],
     num_rows: int,
     config: TrainConfig,
     *,
@@ -49,7 +55,8 @@ def fit(
 
     Args:
         parameters: what to train; they are made trainable here and frozen again at the end.
-        loss_of: maps row numbers (micro batch,) to their mean loss.
+        loss_of: maps row numbers (micro batch,) to their mean loss, or to the pass that computes it: on a GPU, that
+            is captured in a CUDA graph where it can be.
         num_rows: rows there are; each epoch is a new seeded permutation.
         config: steps, batch sizes, learning rate.
         seed: seed of the row order.
@@ -78,12 +85,15 @@ def fit(
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, rate in zip(trained, rates or [config.learning_rate] * len(trained), strict=True):
         groups.setdefault(rate, []).append(parameter)
+    on_gpu = device != "cpu"
     adamw = torch.optim.AdamW(
         [{"params": of, "lr": rate, "initial_lr": rate} for rate, of in groups.items()],
         lr=config.learning_rate,
         betas=(0.9, 0.99),
         weight_decay=0.0,
+        fused=on_gpu or None,  # a few launches for all parameters; on a CPU PyTorch chooses
     )
+    passes = Passes(trained, accelerator.autocast, graphs=on_gpu, say=progress.log)
     described = {"options": config.model_dump(mode="json"), "seed": seed, "num_rows": num_rows}
     losses: list[float] = []
     if checkpoint is not None and checkpoint.exists():
@@ -107,17 +117,16 @@ def fit(
             if at_step is not None:
                 at_step(step)
             batch = torch.tensor([next(order) for _ in range(batch_size)])
-            total = 0.0
-            for rows in batch.split(config.micro_batch_size or len(batch)):
+            parts = []
+            micro = batch.split(config.micro_batch_size or len(batch))
+            for rows in micro:
                 share = float(weights[rows].sum() / weights[batch].sum().clamp(min=1e-30))
-                if share == 0:  # the mean over no labels is NaN
-                    continue
-                with accelerator.autocast():
-                    loss = loss_of(rows) * share
-                accelerator.backward(loss)
-                total += float(loss.detach())
+                if share:  # the mean over no labels is NaN
+                    parts.append(passes.backward(loss_of, rows, share, alone=len(micro) == 1).double())
             norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            for what, value in (("loss", total), ("norm of the gradient", float(norm))):
+            # read together, and when everything is launched: the CPU waits for the GPU once an update
+            total, length = torch.stack([sum(parts, norm.new_zeros((), dtype=torch.float64)), norm.double()]).tolist()
+            for what, value in (("loss", total), ("norm of the gradient", length)):
                 if not isfinite(value):
                     raise KitError(
                         f"the {what} of {name} is {value} at step {step + 1}",
@@ -216,7 +225,8 @@ def _restore(
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in tensors]
         for key in keys:  # none for a parameter that never had a gradient
             moment = tensors[f"{number}.{key}"]
-            optimizer.state[parameter][key] = moment if key == "step" else moment.to(parameter.device)
+            counts = key == "step" and not optimizer.param_groups[0]["fused"]  # they stay on the CPU
+            optimizer.state[parameter][key] = moment if counts else moment.to(parameter.device)
     torch.set_rng_state(tensors["random.cpu"])
     if device != "cpu" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], device)

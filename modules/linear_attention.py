@@ -269,7 +269,7 @@ class Mixer(nn.Module):
         **options: Any,
     ) -> tuple[Tensor, Carried]:
         """`hybrid_attention` with sinks, from the start of sequences or from a cache on."""
-        sinks, where = Carried(), dict[str, Any](num_sinks=self.num_sinks)
+        sinks, where = Carried(), {"num_sinks": self.num_sinks}
         if step.slot and self.num_sinks:
             sinks, seen = self._sinks(q, k, v, step, carried)
             where = {"num_sinks": self.num_sinks} if carried is None else {"sinks": seen}

@@ -116,7 +116,7 @@ class Lolcats(LearnedLinearize):
             mixer = teacher.attention.linear_attention
             tokens = max(BALANCE_TOKENS, 2 * self.config.window_size)
             with torch.no_grad(), queries_keys(mixer) as seen:
-                teacher.run(slice(self.config.transfer.batch_size), tokens)
+                teacher.run(**teacher.given(slice(self.config.transfer.batch_size), tokens))
             _balance(teacher.attention, *seen[0][:2])
 
 

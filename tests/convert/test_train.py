@@ -15,7 +15,7 @@ from kit.convert.train import fit
 STEPS, ROWS = 13, 10
 
 
-class Interrupt:
+class Interrupt(Progress):
     """A progress that interrupts after so many updates."""
 
     def __init__(self, after):

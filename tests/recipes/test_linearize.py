@@ -316,8 +316,11 @@ def test_a_wide_window_leaves_rows_to_balance_on():
     class Teacher:
         attention = SimpleNamespace(linear_attention=mixer, scaling=0.5)
 
-        def run(self, rows, length):
-            mixer(q[rows, :, :length], k[rows, :, :length], k[rows, :, :length], Step(0.5))
+        def given(self, rows, length):
+            return {"queries": q[rows, :, :length], "keys": k[rows, :, :length]}
+
+        def run(self, queries, keys):
+            mixer(queries, keys, keys, Step(0.5))
 
     load_recipes("lolcats", [f"window_size={BALANCE_TOKENS}"])[0].start(Teacher())
     assert mixer.window_factor.isfinite().all()
