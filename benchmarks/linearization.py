@@ -114,6 +114,10 @@ class Watch(Progress):
         self.times: list[float] = []
         self.last = time.time()
 
+    def log(self, message: str) -> None:
+        """Print what the training says."""
+        print(message, flush=True)
+
     def step(self, advance: int = 1, **values: Any) -> None:
         """Count an update.
 
