@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import hashlib
 import json
 import math
@@ -367,6 +368,8 @@ def train(
         left = bench.started + run.seconds - time.time()
         updates["steps"] = max(int(left / probe.each(WARM) * 0.95), PROBE)
         print(f"an update takes {probe.each(WARM):.3f} s; {updates['steps']} updates", flush=True)
+        del model
+        gc.collect()
         model = open_checkpoint(str(folder)).load_model(bench.kind, bench.device)
     # Measuring has to fit behind it; a run whose seconds end there already has left room itself.
     watch = Watch(bench.deadline - bench.pace["measure"] * 0.6, bench.options.curve, lambda: bench.point(model))
@@ -408,8 +411,10 @@ def work(options: argparse.Namespace, started: float) -> None:
                     if "CUDA" in str(error) and "out of memory" not in str(error):
                         raise  # the device's context is gone; a new process takes what is left
                 finally:
+                    gc.collect()
                     if bench.device != "cpu":
                         torch.cuda.empty_cache()
+                        torch.cuda.reset_peak_memory_stats()
 
 
 def main() -> None:
