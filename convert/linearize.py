@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from kit.convert.passes import Pass
     from kit.convert.teacher import CachedTeacher
 
-    # what is trained, its loss as a function of row numbers, and what is to be done when it is trained
-    Training = tuple[list[Any], Callable[[Tensor], Tensor | Pass], Callable[[], Any]]
+    # what is trained, its loss as a function of row numbers, what is to be done when it is trained, and the ids of what
+    # is new in it
+    Training = tuple[list[Any], Callable[[Tensor], Tensor | Pass], Callable[[], Any], set[int]]
 
 COMPILE_FROM = 1.2e16  # FLOP of a distillation that is worth compiling for: about two minutes of an H100
 STATE_BYTES = 12  # of a trained number in the state of a training: it and AdamW's two moments, fp32
@@ -94,6 +95,9 @@ class DistillConfig(WindowDropoutConfig, AdapterConfig):
 
     steps: int = Field(0, ge=0, description="Optimizer updates; 0 skips the stage.")
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate of AdamW.")
+    new_learning_rate: float | None = Field(
+        None, gt=0, description="That of what the base does not have: feature maps, gates, factors. None: the same."
+    )
     parameters: Literal["all", "lora"] = Field(
         "all", description="all: every weight; lora: adapters on the attention's projections, and what is new."
     )
@@ -583,12 +587,14 @@ class LearnedLinearize(Linearize):
             teacher = CachedTeacher(run.state)
             teacher.fill(run.original, rows, options.top_k, run.progress)
         make = self._streamed_distillation if options.streamed else self._resident_distillation
-        trained, loss, finish = make(run, dropout, teacher)
+        trained, loss, finish, new = make(run, dropout, teacher)
+        rate = options.new_learning_rate
+        rates = None if rate is None else [rate if id(p) in new else options.learning_rate for p in trained]
         with (
             self._compiled(run, trained, loss),
             run.progress.task(f"{self.name}: logit_distillation, steps", options.steps),
         ):
-            losses = _fit(run, trained, loss, options, self.config.seed, "distill", SAVE_EVERY, dropout.at_step)
+            losses = _fit(run, trained, loss, options, self.config.seed, "distill", SAVE_EVERY, dropout.at_step, rates)
         finish()
         return {
             "losses": losses,
@@ -634,6 +640,7 @@ class LearnedLinearize(Linearize):
 
         options, model, rows = self.config.distill, run.model, run.rows
         new = [p for module in model.modules() if isinstance(module, Mixer) for p in module.parameters()]
+        ours = {id(p) for p in new}
         base_weights, off, finish, run_in = None, nullcontext, _nothing, None
         if options.parameters == "lora":
             peft, trained = _with_adapters(model, options.rank, options.alpha, None)
@@ -641,7 +648,6 @@ class LearnedLinearize(Linearize):
         else:
             run_in = model.dtype
             if teacher is None:
-                ours = {id(p) for p in new}
                 base_weights = {n: p.detach().clone() for n, p in model.named_parameters() if id(p) not in ours}
             trained = list(model.float().parameters())
         loss_of, predicting = logit_loss(model, base_weights, off, run_in), rows.predicting
@@ -659,7 +665,7 @@ class LearnedLinearize(Linearize):
             inputs |= {} if teacher is None else teacher(batch)._asdict()
             return dropout.passed(model, batch, value, packed=packed, **inputs)
 
-        return trained, loss, finish
+        return trained, loss, finish, ours
 
     def _streamed_distillation(self, run: TrainRun, dropout: WindowDropout, teacher: CachedTeacher | None) -> Training:
         """Logit distillation with one layer's weights in memory."""
@@ -686,7 +692,7 @@ class LearnedLinearize(Linearize):
     def low_rank_linearizing(self, run: TrainRun) -> dict[str, Any]:
         """LoRA on the projections with the next-token loss; what is new stays as it is; adapters are merged."""
         options = self.config.lora
-        trained, loss, finish = (self._streamed_lora if options.streamed else self._resident_lora)(run)
+        trained, loss, finish, _ = (self._streamed_lora if options.streamed else self._resident_lora)(run)
         with run.progress.task(f"{self.name}: low_rank_linearizing, steps", options.steps):
             losses = _fit(run, trained, loss, options, self.config.seed, "lora")
         finish()
@@ -711,7 +717,7 @@ class LearnedLinearize(Linearize):
             model.merge_and_unload()
 
         model.train()
-        return trained, loss, finish
+        return trained, loss, finish, set()
 
     def _streamed_lora(self, run: TrainRun) -> Training:
         """LoRA with one layer's weights in memory."""
@@ -770,7 +776,7 @@ def _streamed(
     def finish() -> None:
         run.changed = training.merged()
 
-    return training.parameters, loss, finish
+    return training.parameters, loss, finish, {id(p) for layer in training.mixers for p in layer.values()}
 
 
 def _fit(
@@ -782,6 +788,7 @@ def _fit(
     name: str,
     save_every: int | None = None,
     at_step: Callable[[int], None] | None = None,
+    rates: list[float] | None = None,
 ) -> list[float]:
     """`fit` for a train stage: rows count by the predictions in them; a streamed loss splits its batch itself."""
     from kit.convert.train import SAVE_EVERY as OFTEN
@@ -800,6 +807,7 @@ def _fit(
         checkpoint=run.state,
         save_every=save_every or OFTEN,
         at_step=at_step,
+        rates=rates,
     )
 
 

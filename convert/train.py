@@ -49,6 +49,7 @@ def fit(
     checkpoint: Path | None = None,
     save_every: int = SAVE_EVERY,
     at_step: Callable[[int], None] | None = None,
+    rates: Sequence[float] | None = None,
 ) -> list[float]:
     """Minimise a loss over rows of data.
 
@@ -67,6 +68,7 @@ def fit(
             there, training goes on from it, and takes the same steps as if it had never stopped.
         save_every: updates between two writes of it; it is also written on an interrupt.
         at_step: is told the number of each update before its loss is computed.
+        rates: peak learning rate of each parameter; None: the config's for all.
 
     Returns:
         The loss of each update.
@@ -82,17 +84,23 @@ def fit(
     for parameter in trained:
         parameter.requires_grad_(True)
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, rate in zip(trained, rates or [config.learning_rate] * len(trained), strict=True):
+        groups.setdefault(rate, []).append(parameter)
     on_gpu = device != "cpu"
-    fused = on_gpu or None  # a few launches for all parameters; on a CPU PyTorch chooses
-    adamw = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
+    adamw = torch.optim.AdamW(
+        [{"params": of, "lr": rate, "initial_lr": rate} for rate, of in groups.items()],
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        fused=on_gpu or None,  # a few launches for all parameters; on a CPU PyTorch chooses
+    )
     passes = Passes(trained, accelerator.autocast, graphs=on_gpu, say=progress.log)
     described = {"options": config.model_dump(mode="json"), "seed": seed, "num_rows": num_rows}
     losses: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         losses = _restore(checkpoint, trained, adamw, described, device)
         progress.step(len(losses))
-    for group in adamw.param_groups:
-        group["initial_lr"] = config.learning_rate
     optimizer = accelerator.prepare(adamw)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer,

@@ -36,7 +36,6 @@ from kit.kernels.linear_attention import (
 
 NOTHING = -1e30  # logarithm of a weight of 0; two infinite ones have no sum that can be differentiated
 QUERIES_AT_ONCE = 1024  # of capped attention, whose scores are made for a chunk of queries at a time
-GATE_BIAS = 4.0  # of a fresh gate: γ = 0.982, half of the weight is left after 38 tokens
 
 
 @dataclass
@@ -53,6 +52,7 @@ class MixerOptions:
         linear_weight, window_weight: scale the branches; 0 takes one away.
         meta_tokens: of `gated`: tokens that add to the window's denominator and have no value.
         window_rope: of `gated`: the window keeps RoPE. The linear branch never has it.
+        gate_bias: of `gated`: a fresh gate's bias; 4: γ = 0.982, half of the weight is left after 38 tokens.
     """
 
     num_heads: int
@@ -68,6 +68,7 @@ class MixerOptions:
     window_weight: float = 1.0
     meta_tokens: int = 4
     window_rope: bool = False
+    gate_bias: float = 4.0
 
     @property
     def num_states(self) -> int:
@@ -478,7 +479,7 @@ class GatedWindowAttention(_FeatureMaps):
         super().reset_parameters()
         with torch.no_grad():
             self.gate.zero_()
-            self.gate_bias.fill_(GATE_BIAS)
+            self.gate_bias.fill_(self.options.gate_bias)
             self.meta_logit.fill_(math.log(self.options.meta_tokens))
             self.anchor_weight.fill_(1.0)
 

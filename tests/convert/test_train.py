@@ -143,3 +143,26 @@ def test_rows_count_by_their_weights():
     options = TrainConfig(steps=1, batch_size=4, micro_batch_size=1)
     settings = {"seed": 0, "device": "cpu", "name": "training", "progress": Progress()}
     assert fit([parameter], loss, 4, options, row_weights=weights, **settings) == [pytest.approx((2 + 3 * 6) / 4)]
+
+
+def test_parameters_have_rates_of_their_own():
+    """Without warm-up, AdamW's first step moves every weight by its rate, whatever the gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    before = [p.detach().clone() for p in model.parameters()]
+    config = TrainConfig(steps=1, batch_size=ROWS, learning_rate=0.5, warmup_ratio=0)
+    x = torch.randn(ROWS, 4)
+    rates = [1e-2, 1e-3, 1e-2, 1e-3]
+    fit(
+        model.parameters(),
+        lambda rows: model(x[rows]).square().mean(),
+        ROWS,
+        config,
+        seed=0,
+        device="cpu",
+        name="t",
+        progress=Progress(),
+        rates=rates,
+    )
+    for parameter, was, rate in zip(model.parameters(), before, rates, strict=True):
+        torch.testing.assert_close((parameter - was).abs(), torch.full_like(was, rate), rtol=1e-3, atol=1e-6)

@@ -406,6 +406,26 @@ def test_window_dropout_follows_its_schedule_and_remembers_nothing():
     assert [dropout.drops(r) for r in rows] == [later.drops(r) for r in rows]
 
 
+def test_what_is_new_can_start_and_learn_at_rates_of_its_own(llama, tmp_path):
+    """AdamW moves a weight by its rate in the first update, so a gate's bias tells which rate it had."""
+    moved = {}
+    for rate in (None, 0.25):
+        options = [*SHORT, "transfer.steps=0", "distill.steps=1", "distill.warmup_ratio=0", "gate_bias=7"]
+        options += ["distill.learning_rate=0.001"] + ([f"distill.new_learning_rate={rate}"] if rate else [])
+        convert(
+            open_checkpoint(str(llama)),
+            load_recipes("lizard", options),
+            Options(tmp_path / str(rate), device="cpu", eval_tokens=0),
+            Progress(),
+        )
+        weights = load(str(tmp_path / str(rate)), dtype="float32").state_dict()
+        biases = [value for name, value in weights.items() if name.endswith("gate_bias")]
+        moved[rate] = [float(abs(bias - 7)) for bias in biases]
+    assert len(moved[None]) == len(moved[0.25]) == 3
+    assert moved[None] == pytest.approx([0.001] * 3, rel=0.05)
+    assert moved[0.25] == pytest.approx([0.25] * 3, rel=0.05)
+
+
 def kinds(recipe, *overrides):
     return load_recipes(recipe, list(overrides))[0].build(facts())["linear_attention"]["mixers"]
 
