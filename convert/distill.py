@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kit.convert.measure import free_memory
 from kit.convert.passes import Pass
 from kit.convert.streaming import Recorder
 from kit.families import family_of
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 LINEAR_ONLY = (1.0, 0.0)
 LOGITS_AT_ONCE = 2**27  # tokens x vocabulary of a chunk of the logit loss: 512 MiB in fp32
+FREE_SHARE = 4  # of a GPU's free memory, one part may hold what enters and leaves a layer's attention
 SCORES_AT_ONCE = 2**24  # B x H x C x T of a chunk of the attention-weight loss: 64 MiB in fp32
 
 
@@ -103,7 +105,11 @@ class LayerTeacher:
 
     def __init__(self, layer: Layer) -> None:
         assert layer.inputs is not None
-        inputs, targets = (Recorder(layer.model.scratch, len(layer.inputs.hidden)) for _ in range(2))
+        hidden = layer.inputs.hidden
+        # copying rows to the GPU for every update would take longer than the update
+        fits = layer.device != "cpu" and 2 * hidden.nbytes < free_memory(layer.device) // FREE_SHARE
+        place = layer.device if fits else None
+        inputs, targets = (Recorder(layer.model.scratch, len(hidden), place) for _ in range(2))
         self.model, self.index, self.device = layer.model, layer.index, layer.device
         original = layer.model.attention(layer.original)
         with watched(original, layer.model.output_projection(layer.original), inputs.add, targets.add):

@@ -122,22 +122,32 @@ class Scratch:
 
 
 class Recorder:
-    """Batches of rows, collected into one tensor (N, ...) of a scratch as they come."""
+    """Batches of rows, collected into one tensor (N, ...) as they come.
 
-    def __init__(self, scratch: Scratch, num_rows: int) -> None:
-        self.scratch, self.num_rows, self._filled = scratch, num_rows, 0
+    Args:
+        scratch: where it lives.
+        num_rows: N.
+        device: where it lives instead; None: in the scratch.
+    """
+
+    def __init__(self, scratch: Scratch, num_rows: int, device: str | None = None) -> None:
+        self.scratch, self.num_rows, self.device, self._filled = scratch, num_rows, device, 0
         self._tensor: Tensor | None = None
 
     def add(self, batch: Tensor) -> None:
         """Take the next rows (B, ...)."""
         if self._tensor is None:
-            self._tensor = self.scratch.empty((self.num_rows, *batch.shape[1:]), batch.dtype)
+            shape = (self.num_rows, *batch.shape[1:])
+            if self.device is None:
+                self._tensor = self.scratch.empty(shape, batch.dtype)
+            else:
+                self._tensor = torch.empty(shape, dtype=batch.dtype, device=self.device)
         self._tensor[self._filled : self._filled + len(batch)] = batch.detach()
         self._filled += len(batch)
 
     @property
     def tensor(self) -> Tensor:
-        """All rows, on the CPU."""
+        """All rows, on the CPU or on the device that was named."""
         assert self._tensor is not None
         assert self._filled == self.num_rows, "rows are missing"
         return self._tensor
