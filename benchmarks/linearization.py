@@ -44,6 +44,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -354,11 +355,13 @@ def train(
         recipe = bench.recipe(run, **({stage[0]: updates} if updates else {}))
         recipe.allocation = allocation
         try:
-            return getattr(recipe, stage[1])(TrainRun(model, rows, bench.device, watch, original=None, state=scratch))
+            whole = SimpleNamespace(resident=lambda: model)
+            return getattr(recipe, stage[1])(TrainRun(lambda: whole, rows, bench.device, watch, None, scratch))
         except TimeIsUp:
             return {"stopped": len(watch.times)}
         finally:
-            scratch.unlink(missing_ok=True)
+            for file in scratch.parent.glob(f"{scratch.name}*"):
+                file.unlink()
 
     updates = {}
     tokens = min(getattr(bench.recipe(run).config, stage[0]).batch_size, len(rows.input_ids)) * rows.input_ids.shape[1]
