@@ -64,7 +64,7 @@ from kit.recipes import load_recipes
 
 PROBE, WARM = 20, 8  # updates that are timed where a run has seconds, and how many of them are not counted
 BATCH_TOKENS = 8192  # measured at a time
-FIRST_GUESS = {"update": 0.3, "transfer": 1.0, "measure": 25.0}  # seconds, until a run has been measured
+FIRST_GUESS = {"update": 0.4, "transfer": 0.8, "measure": 25.0}  # seconds, until a run has been measured
 
 
 class TimeIsUp(Exception):
