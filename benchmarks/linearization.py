@@ -64,7 +64,7 @@ from kit.recipes import load_recipes
 
 PROBE, WARM = 20, 8  # updates that are timed where a run has seconds, and how many of them are not counted
 BATCH_TOKENS = 8192  # measured at a time
-FIRST_GUESS = {"update": 0.4, "transfer": 0.8, "measure": 25.0}  # seconds, until a run has been measured
+FIRST_GUESS = {"transfer": 0.8, "measure": 20.0}  # seconds, until a run has been measured
 
 
 class TimeIsUp(Exception):
@@ -212,7 +212,7 @@ class Bench:
         with torch.no_grad():
             states = [base.base_model(row[None].to(self.device)).last_hidden_state[0] for row in self.texts["dev"]]
         self.hidden, self.head = torch.stack(states), base.get_output_embeddings().weight.detach().clone()
-        self.pace = dict(FIRST_GUESS)
+        self.pace = FIRST_GUESS | {"update": options.update_seconds}
 
     def base(self) -> Any:
         """The base model."""
@@ -438,6 +438,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=8192)
     parser.add_argument("--recall", default="1024,2048,4096,8192")
     parser.add_argument("--seconds", type=float, default=math.inf, help="After which everything should be done.")
+    parser.add_argument("--update-seconds", type=float, default=0.4, help="Of an update, until one has been timed.")
     parser.add_argument("--curve", type=float, default=60, help="Seconds between two points of a curve.")
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for the results.")
