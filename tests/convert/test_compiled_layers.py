@@ -1,12 +1,18 @@
 """Compiled decoder layers give the losses and gradients of plain ones; what cannot be compiled runs as it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kit.convert.data import TokenRows
 from kit.convert.distill import compiled_layers, logit_loss
+from kit.convert.progress import Progress
+from kit.convert.recipe import TrainRun
 from kit.modules import modeling
 from kit.modules.linear_attention import branch_weights
+from kit.recipes import load_recipes
 
 LENGTH = 48
 
@@ -97,6 +103,23 @@ def test_other_families_are_compiled_too(family, graphs):
         same(run(model, loss_of, ids()), want)
     assert not said
     assert graphs
+
+
+@pytest.mark.parametrize("parameters", ["all", "lora"])
+def test_distillation_with_compiled_layers_takes_the_same_steps(parameters, graphs):
+    where = torch.arange(LENGTH).expand(6, -1).contiguous()
+    rows = TokenRows(torch.randint(4, 96, (6, LENGTH), generator=torch.Generator().manual_seed(2)), where, 6, "", "")
+    losses = {}
+    for compiles in ("false", "true"):
+        model, _ = make(["hybrid"] * 2)
+        settings = ["distill.steps=5", "distill.batch_size=2", "distill.learning_rate=1e-3", "distill.linear_steps=2"]
+        settings += [f"distill.compile={compiles}", f"distill.parameters={parameters}"]
+        recipe = load_recipes("lolcats", settings)[0]
+        torch.manual_seed(0)  # of the adapters
+        run = TrainRun(lambda model=model: SimpleNamespace(resident=lambda: model), rows, "cpu", Progress(), None, None)
+        losses[compiles] = recipe.logit_distillation(run)["losses"]
+        assert bool(graphs) == (compiles == "true")
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-4)
 
 
 def test_packed_rows_run_through_plain_layers(graphs):
