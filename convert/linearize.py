@@ -388,6 +388,12 @@ class LearnedLinearize(Linearize):
                 "distill.streamed",
                 "add distill.parameters=lora, or leave distill.streamed at false",
             )
+        if distill.steps and distill.streamed and distill.compile:
+            raise self._usage(
+                "layers that come and go cannot stay compiled",
+                "distill.compile",
+                "leave it out, or leave distill.streamed at false",
+            )
         if size := self._teacher_bytes():
             items.append(PlanItem("teacher's logits", f"{size / 1e9:,.2f} GB on disk ({distill.top_k} a token)"))
         passes = [options for options in (distill, self.config.lora) if options.steps and options.streamed]
@@ -613,18 +619,20 @@ class LearnedLinearize(Linearize):
 
         options, device = self.config.distill, run.device
         wanted = options.compile
-        if wanted is None and not options.streamed:
+        if wanted is None and not options.streamed and device != "cpu":
             size = sum(p.numel() for p in run.model.parameters())
-            wanted = device != "cpu" and 8.0 * size * _tokens(options, run.rows) > COMPILE_FROM
+            wanted = 8.0 * size * _tokens(options, run.rows) > COMPILE_FROM
         if not wanted:
             return nullcontext()
 
         def attempt() -> None:
             made = loss(torch.arange(min(options.micro_batch_size or options.batch_size, len(run.rows.input_ids))))
-            with autocast(device):
-                made.value(**{name: x.to(device) for name, x in made.inputs.items()}).backward()
-            for parameter in trained:
-                parameter.grad = None
+            try:
+                with autocast(device):
+                    made.value(**{name: x.to(device) for name, x in made.inputs.items()}).backward()
+            finally:
+                for parameter in trained:
+                    parameter.grad = None
 
         return compiled_layers(run.model, attempt, run.progress.log)
 

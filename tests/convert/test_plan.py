@@ -127,6 +127,9 @@ def test_a_streamed_conversion_of_a_text_holds_no_whole_model(model, tmp_path):
     with pytest.raises(KitError, match="all weights cannot be trained with one layer in memory") as error:
         planned(model, tmp_path / "o", "lolcats", "distill.steps=1", "distill.streamed=true")
     assert error.value.exit_code == ExitCode.USAGE
+    with pytest.raises(KitError, match="cannot stay compiled") as error:
+        planned(model, tmp_path / "o", "lolcats", *options, "distill.compile=true")
+    assert error.value.exit_code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize(
