@@ -14,12 +14,12 @@ REFERENCE = "hybrid"  # the run that others are compared with, window by window
 
 
 def report(runs: dict[str, dict[str, Any]]) -> str:
-    """Markdown: every run, seeds together, effects against `REFERENCE`, long windows, recall; runs by their names.
+    """Markdown: every run, beside `REFERENCE` by paired windows; seeds together; long windows; recall; speed.
 
     Names of runs that differ by the seed alone are NAME, NAME@1, NAME@2.
     """
     done = {name: run for name, run in runs.items() if run.get("complete")}
-    parts = [_main(done), _seeds(done), _effects(done), _positions(done), _recall(done)]
+    parts = [_main(done), _seeds(done), _positions(done), _recall(done), _speed(done)]
     if left := sorted(runs.keys() - done.keys()):
         parts.append(f"Not complete: {', '.join(left)}")
     return "\n\n".join(part for part in parts if part)
@@ -31,29 +31,53 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _main(runs: dict[str, dict[str, Any]]) -> str:
-    titles = ["", "tokens", "test", "to base", *ABLATIONS, "dev", "KL", "top-1", "cache", "tokens/s", "memory"]
+    against = f"to {REFERENCE} (95 %)"
+    titles = ["", "tokens", "test", "to base", against, *ABLATIONS, "dev", "KL", "top-1", "cache"]
     base = runs["base"]["final"]["converted"]["test"]["perplexity"] if "base" in runs else math.nan
+    reference = runs[REFERENCE]["final"]["converted"]["test"]["window_losses"] if REFERENCE in runs else None
     rows = []
     for name, run in runs.items():
         found = run["final"]
         test, dev = found["converted"]["test"], found["converted"]["dev"]
         parts = [f"{found[part]['test']['perplexity']:,.2f}" if part in found else "" for part in ABLATIONS]
+        change = ""
+        if reference is not None and name not in (REFERENCE, "base"):
+            low, middle, high = (_ratio(test["window_losses"], reference)[key] for key in ("low", "ratio", "high"))
+            change = f"{middle:.3f} ({low:.3f} to {high:.3f})"
         rows.append(
             [
                 name,
-                f"{run.get('tokens', 0) / 1e6:.2f} M",
+                f"{run['tokens'] / 1e6:.2f} M" if run.get("tokens") else "",
                 f"{test['perplexity']:.2f} ± {test['perplexity_stderr']:.2f}",
                 f"{test['perplexity'] / base:.3f}",
+                change,
                 *parts,
                 f"{dev['perplexity']:.2f}",
-                f"{dev['kl']:.4f}",
+                f"{dev['kl']:.3f}",
                 f"{dev['top1']:.1%}",
                 f"{run['cache_bytes'] / 1e6:.1f} MB" if "cache_bytes" in run else "",
-                f"{run.get('tokens_per_second', 0):,.0f}",
-                f"{run.get('peak_memory_bytes', 0) / 2**30:.1f} GiB",
             ]
         )
     return _table(titles, rows)
+
+
+def _ratio(losses: list[float], others: list[float]) -> dict[str, float]:
+    return ratio({"window_losses": losses}, {"window_losses": others})
+
+
+def _speed(runs: dict[str, dict[str, Any]]) -> str:
+    trained = {name: run for name, run in runs.items() if "tokens_per_second" in run}
+    titles = ["training", "tokens/s", "memory", "seconds"]
+    rows = (
+        [
+            name,
+            f"{run['tokens_per_second']:,.0f}",
+            f"{run.get('peak_memory_bytes', 0) / 2**30:.1f} GiB",
+            f"{run['training_seconds']:.0f}",
+        ]
+        for name, run in trained.items()
+    )
+    return _table(titles, rows) if trained else ""
 
 
 def _seeds(runs: dict[str, dict[str, Any]]) -> str:
@@ -70,20 +94,6 @@ def _seeds(runs: dict[str, dict[str, Any]]) -> str:
             kl = [one["dev"]["kl"] for one in group]
             rows.append([name, str(len(group)), *cells, f"{mean(kl):.4f} ± {stdev(kl):.4f}"])
     return _table(["mean ± deviation over seeds", "seeds", "test", "dev", "KL"], rows) if rows else ""
-
-
-def _effects(runs: dict[str, dict[str, Any]]) -> str:
-    if REFERENCE not in runs:
-        return ""
-    rows = []
-    for name, run in runs.items():
-        if name not in (REFERENCE, "base"):
-            cells = []
-            for text in ("test", "dev"):
-                found = ratio(*(one["final"]["converted"][text] for one in (run, runs[REFERENCE])))
-                cells.append(f"{found['ratio']:.3f} ({found['low']:.3f} to {found['high']:.3f})")
-            rows.append([name, *cells])
-    return _table([f"perplexity to that of {REFERENCE}", "test", "dev"], rows)
 
 
 def _positions(runs: dict[str, dict[str, Any]]) -> str:

@@ -41,6 +41,9 @@ def test_the_time_of_an_update_leaves_out_what_the_curve_took(script):
         script("linearization").Watch(0.0).step()
 
 
+SPEED = {"tokens_per_second": 12_345.2, "training_seconds": 60.0}
+
+
 def figures(nats):
     """What is measured of a model whose windows have these losses."""
     text = measures(torch.tensor(nats)[:, None].expand(-1, 15), 0)
@@ -61,19 +64,21 @@ def test_tables_compare_runs_with_the_base_the_hybrid_and_their_other_seeds(scri
         "base": figures([2.0] * 6),
         "hybrid": figures([2.0 + math.log(1.2), *[2.0 + math.log(1.2)] * 5]) | {"tokens": 2_000_000},
         "hybrid@1": figures([2.0 + math.log(1.4)] * 6),
-        "control": figures([2.0 + math.log(1.5)] * 6) | {"cache_bytes": 1_500_000},
+        "control": figures([2.0 + math.log(1.5)] * 6) | {"cache_bytes": 1_500_000} | SPEED,
         "killed": {"complete": False},
     }
     text = script("linearization_tables").report(runs)
     main = rows(text, "to base")
     assert (main["hybrid"]["to base"], main["control"]["to base"]) == ("1.200", "1.500")
-    assert (main["hybrid"]["tokens"], main["control"]["cache"], main["base"]["KL"]) == ("2.00 M", "1.5 MB", "0.1250")
+    assert (main["hybrid"]["tokens"], main["control"]["cache"], main["base"]["KL"]) == ("2.00 M", "1.5 MB", "0.125")
     seeds = rows(text, "over seeds")
     assert seeds["hybrid"]["test"] == f"{1.3 * math.exp(2):.2f} ± {0.2 / math.sqrt(2) * math.exp(2):.2f}"
     assert seeds.keys() == {"hybrid"}
-    assert rows(text, "to that of hybrid")["control"]["test"] == "1.250 (1.250 to 1.250)"
+    assert main["control"]["to hybrid (95 %)"] == "1.250 (1.250 to 1.250)"
+    assert main["hybrid"]["to hybrid (95 %)"] == main["base"]["to hybrid (95 %)"] == ""
     assert rows(text, "by position")["hybrid"]["0 to 2"] == f"{1.2 * math.exp(2):.2f}"
     assert rows(text, "recall |")["base"] == {"recall": "base", "needle 512": "0.5", "MQAR 512": "25%"}
+    assert rows(text, "tokens/s")["control"]["tokens/s"] == "12,345"
     assert "Not complete: killed" in text
 
 
