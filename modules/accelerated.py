@@ -751,6 +751,8 @@ def unsupported(model: Any, backend: str | None = None) -> str | None:
             parts = [getattr(of, name) for name in names]
             if len({(x.weight_scale.shape[1], hasattr(x, "weight_zero_point")) for x in parts}) > 1:
                 return f"the INT4-FP8 kernels take one format for {', '.join(names)}"
+    if getattr(model.model.layers[0].self_attn, "k_scale", None) is not None:
+        return "the INT4-FP8 kernels take an INT4 or a 16-bit cache, not FP8"
     if config.hidden_act != "silu":
         return f"the INT4-FP8 kernels take silu, not {config.hidden_act}"
     rope = config.rope_parameters or {}
