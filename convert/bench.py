@@ -77,8 +77,8 @@ def bench(
                 checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
                 checkpoint.compute_dtype(dtype)  # raises
                 checkpoint.check_runs({"--context and --new-tokens": longest(max(contexts), new_tokens)})
-                load = partial(checkpoint.load_to_run, dtype, device, trust_remote_code=trust_remote_code)
-                todo.append((name, load))
+                to_run = partial(checkpoint.load_to_run, dtype, device, trust_remote_code=trust_remote_code)
+                todo.append((name, to_run))
     options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "seed": seed}
     settings = {"device": hardware(device), "dtype": dtype, "random_weights": config is not None, **options}
     missing = [{"name": name, "batch": b, "context": c} for name, _ in todo for b in batches for c in contexts]
