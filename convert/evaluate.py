@@ -152,6 +152,9 @@ def evaluate(
         text.words = perplexity.count_words(text.windows, tokenizer)
         settings["dataset_tokens"] = text.windows.numel()
         settings["dataset_sha256"] = hashlib.sha256(text.windows.numpy().tobytes()).hexdigest()
+    lengths = _lengths(text, num_tokens, recall, generations, speed)
+    for checkpoint in (*models.values(), *([base] if base else [])):
+        checkpoint.check_runs(lengths)
     if haystack is not None and not recall:
         raise KitError(
             "a haystack is for --recall, which is not asked for",
@@ -176,9 +179,6 @@ def evaluate(
         return kernels and not (ablations and model is next(iter(models.values())))
 
     todo = ([("base", base, True)] if base else []) + [(name, model, False) for name, model in models.items()]
-    lengths = _lengths(text, num_tokens, recall, generations, speed)
-    for _, checkpoint, _ in todo:
-        checkpoint.check_runs(lengths)
     harness = None
     if tasks is not None:
         from kit.convert.tasks import load_tasks

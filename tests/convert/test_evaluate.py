@@ -130,7 +130,10 @@ def quantized(make_model, tmp_path_factory):
     """A tiny model in 16 bits, and as W4AFP8 with an INT4 cache: (base folder, quantized folder)."""
     base = make_model(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, seed=2)
     out = tmp_path_factory.mktemp("quantized") / "w4afp8"
-    recipes = load_recipes("rtn", ["group_size=32", "kv.bits=4", "kv.window=16"])
+    text = out.with_name("text.txt")
+    text.write_text(" ".join(f"w{4 + i * i % 89}" for i in range(300)))
+    data = [f"data.dataset={text}", "data.num_samples=4", "data.seq_len=32"]
+    recipes = load_recipes("rtn", ["group_size=32", "kv.bits=4", "kv.window=16", *data])
     convert(open_checkpoint(str(base)), recipes, Options(out, eval_tokens=0, device="cpu"), Progress())
     return base, out
 

@@ -581,3 +581,28 @@ def test_parts_of_a_model_on_the_kernels_are_neither_moved_nor_copied_nor_stored
         model.load_state_dict({}, strict=False)
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
     assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_a_cache_grows_and_its_step_is_captured_anew(make):
+    """Beside the same steps without graphs, on a cache that was large enough; and a capture of the user's own."""
+    model = enable_kernels(make(dtype=torch.bfloat16).to("cuda"), "triton")
+    ids = tokens(2, 290).to("cuda")
+    chunks = [100, *[1] * 190]
+    small, large = FusedCache(8), FusedCache(400)
+    got, graph = steps(model, small, ids, chunks), small.graph
+    assert graph is not None
+    assert small.store.capacity == 512
+    model.fused.graphs = False
+    want = steps(model, large, ids, chunks)
+    assert large.graph is None
+    assert float((got - want).float().norm() / want.float().norm()) < 2e-2
+    model.fused.graphs = True
+    whole = generate(model, ids[:, :20], torch.ones_like(ids[:, :20]), 150)  # beyond what a plain call reserves
+    assert whole.sequences.shape == (2, 170)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="cannot be captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        model(ids[:, :1], **{cache_name(model): FusedCache(8)})
