@@ -251,10 +251,10 @@ class FusedCache(Cache):
 
     get_max_cache_shape = get_max_length
 
-    def open(self, fused: FusedModel, start: Tensor) -> KVStore:
-        """The store for a first call, with so many padded tokens in each row, (B,)."""
+    def open(self, fused: FusedModel, start: Tensor, tokens: int) -> KVStore:
+        """The store for a first call of so many tokens, with (B,) padded ones at the start of each row."""
         if self.store is None or len(self.store.start) != len(start):
-            self.store = fused.empty_store(len(start), self.room)
+            self.store = fused.empty_store(len(start), max(self.room, tokens))
             self._moved()
         self.store.length.zero_()
         self.store.start.copy_(start)
@@ -459,7 +459,7 @@ class FusedModel:
             start = self._first(arguments, plain, kept)
             if start is None:
                 return None
-            store = cache.open(self, start)
+            store = cache.open(self, start, given.shape[1])
         else:
             store = self._goes_on(cache, arguments, given)
         cache.grow(cache.length + given.shape[1])

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from kit.cli import app
 from kit.convert.bench import bench
 from kit.convert.checkpoint import Checkpoint, open_checkpoint
 from kit.convert.data import sample_from_model
@@ -178,6 +180,16 @@ def test_a_quantized_model_is_measured_on_the_kernels_and_the_report_says_so(qua
     assert not prompts
     assert len(parts) == 4
     assert {row["runs_on"] for row in parts[1:]} == {off[1]["runs_on"]}
+
+
+def test_the_commands_say_what_a_quantized_model_runs_on(quantized):
+    folder = str(quantized[1])
+    done = CliRunner().invoke(app, ["eval", folder, "--num-tokens", "64", "--no-speed", "--no-kernels", "-q"])
+    assert done.exit_code == 0, done.output
+    assert "w4afp8: PyTorch, weights dequantized: the " in " ".join(done.stdout.split())
+    done = CliRunner().invoke(app, ["chat", folder, "--prompt", "w5 w6", "--max-new-tokens", "3", "--no-kernels"])
+    assert done.exit_code == 0, done.output
+    assert "w4afp8: PyTorch, weights dequantized: the " in done.stderr
 
 
 def test_texts_longer_than_learned_positions_are_refused_before_weights_load(make_model, tmp_path, monkeypatch):
