@@ -133,7 +133,9 @@ def test_the_state_of_another_training_is_refused(tmp_path):
 
 def test_a_process_that_trained_in_another_precision_trains_here(uninterrupted):
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     Accelerator(cpu=True, mixed_precision="bf16")  # accelerate keeps the first settings of a process
     assert train(None)[0] == uninterrupted[0]
 
