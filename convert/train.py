@@ -78,11 +78,13 @@ def fit(
             `checkpoint` is of another training, or cannot be written.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
     trained = list(parameters)
     for parameter in trained:
         parameter.requires_grad_(True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # else a process trains on one kind of device only
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
     groups: dict[float, list[nn.Parameter]] = {}
     for parameter, rate in zip(trained, rates or [config.learning_rate] * len(trained), strict=True):

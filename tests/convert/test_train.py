@@ -131,6 +131,15 @@ def test_the_state_of_another_training_is_refused(tmp_path):
         train(state)
 
 
+def test_a_process_that_trained_in_another_precision_trains_here(uninterrupted):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")  # accelerate keeps the first settings of a process
+    assert train(None)[0] == uninterrupted[0]
+
+
 def test_rows_count_by_their_weights():
     """Rows without labels have no mean; the others count as often as they have labels, whatever the micro batch."""
     weights = torch.tensor([0.0, 1.0, 3.0, 0.0])
