@@ -861,18 +861,8 @@ def _with_sliding(model: ModelFacts, kinds: list[str]) -> list[str]:
 
 def _base_windows(model: ModelFacts) -> list[int | None] | None:
     """The sliding windows that the layers of a model have already; None if none has one."""
-    config = model.config
-    if not (window := model.family.sliding_window(config)):
-        return None
-    if any(sliding := model.family.sliding_layers(config)):
-        return [window if own else None for own in sliding]
-    first = (
-        config.get("max_window_layers", 0) if model.model_type.startswith("qwen") else 0
-    )  # those before see everything
-    kinds = config.get("layer_types") or [
-        "full_attention" if index < first else "sliding_attention" for index in range(model.num_layers)
-    ]
-    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    window = model.family.sliding_window(model.config)
+    windows = [window if kind == "sliding_attention" else None for kind in model.family.layer_types(model.config)]
     return windows if any(windows) else None
 
 
