@@ -453,14 +453,15 @@ class LearnedLinearize(Linearize):
     def whole_model_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> float:
         """Weights; gradients and AdamW's moments (fp32) of what is trained; a copy of the base where it runs beside.
 
-        Weights that are trained are fp32.
+        Weights that are trained are fp32; where the model computes in less, it runs on rounded ones, whose gradients
+        are all there before the first is made wide.
         """
         if stage.kind != "train" or self._is_streamed(stage):
             return 0
         own, adapters, new = self._trained(stage, model)
-        copied = bool(own) and self.config.distill.teacher == "live"
-        weights = 4 * own if own else bytes_each * model.num_parameters
-        return weights + bytes_each * own * copied + 4 * self.new_parameters(model) + 12 * (own + new) + 16 * adapters
+        copies = 2 * (bytes_each < 4) + (self.config.distill.teacher == "live")
+        weights = (4 + bytes_each * copies) * own if own else bytes_each * model.num_parameters
+        return weights + 4 * self.new_parameters(model) + 12 * (own + new) + 16 * adapters
 
     def streamed_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> float:
         """Of a streamed training: what enters each layer, what is trained with gradients and moments, and the head."""

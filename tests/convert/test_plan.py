@@ -104,10 +104,11 @@ def test_memory_is_counted_by_what_is_trained(model, tmp_path):
     near = {"abs": 6e4}  # the figure has one decimal
     assert needs("distill.steps=1", "lora.steps=0") == pytest.approx(20 * own + 16 * new["lolcats"], **near)
     assert needs("distill.steps=1", "lora.steps=0", device="cuda") == pytest.approx(
-        18 * own + 16 * new["lolcats"], **near
-    )
+        22 * own + 16 * new["lolcats"], **near
+    )  # on a GPU the fp32 weights run rounded to bf16, with gradients in bf16
     cached = ["distill.steps=1", "distill.teacher=cached", "lora.steps=0"]
     assert needs(*cached) == pytest.approx(16 * own + 16 * new["lolcats"], **near)
+    assert needs(*cached, device="cuda") == pytest.approx(20 * own + 16 * new["lolcats"], **near)
     assert needs(*lora) == pytest.approx(4 * own + 4 * new["lolcats"] + 16 * adapters, **near)
     assert needs(*lora, device="cuda") == pytest.approx(2 * own + 4 * new["lolcats"] + 16 * adapters, **near)
     some = ["distill.steps=1", "distill.parameters=lora", "lora.steps=0"]
