@@ -404,15 +404,25 @@ class LearnedLinearize(Linearize):
                     "streamed training", f"{sum(o.steps for o in passes):,} updates read {each:,.1f} GB each (bf16)"
                 )
             )
-        modules = [name.removesuffix(".weight") for name in model.shapes if name.endswith(".weight")]
-        for target in (self.config.lora.steps and self.config.lora.target_modules) or ():
-            if not any(f".{name}".endswith(f".{target}") for name in modules):
-                raise self._usage(
-                    f"the model has no '{target}'",
-                    "lora.target_modules",
-                    f"null takes all of the attention's: {', '.join((*model.family.projections, model.family.output))}",
-                )
+        self._check_targets(model)
         return items
+
+    def _check_targets(self, model: ModelFacts) -> None:
+        """Refuse linears for LoRA that the model has not, or not in its layers where these alone are trained."""
+        lora, family = self.config.lora, model.family
+        place = f"{family.base}.{family.layers}." if lora.streamed else ""
+        linears = [
+            f".{name}"
+            for name, shape in model.shapes.items()
+            if len(shape) == 2 and name.startswith(place) and name.endswith(".weight")
+        ]
+        for target in (lora.steps and lora.target_modules) or ():
+            if not any(name.endswith(f".{target}.weight") for name in linears):
+                raise self._usage(
+                    f"the model has no linear '{target}'{' in its layers' if place else ''}",
+                    "lora.target_modules",
+                    f"null takes all of the attention's: {', '.join((*family.projections, family.output))}",
+                )
 
     def _feature_dim(self, model: ModelFacts) -> int:
         return self.config.feature_dim or model.heads[2]

@@ -115,6 +115,14 @@ def test_memory_is_counted_by_what_is_trained(model, tmp_path):
     assert needs(*some, name="lizard") == pytest.approx(4 * own + 16 * new["lizard"] + 16 * adapters, **near)
 
 
+def test_rows_longer_than_learned_positions_are_refused_before_weights_load(make_model, tmp_path):
+    folder = make_model("gpt2", num_key_value_heads=3, max_position_embeddings=64)
+    planned(folder, tmp_path / "o", "lolcats", "data.seq_len=64", eval_tokens=64)
+    with pytest.raises(KitError, match="64 learned positions, and a text of 65 tokens") as error:
+        planned(folder, tmp_path / "o", "lolcats", "data.seq_len=65", eval_tokens=64)
+    assert (error.value.where, error.value.exit_code) == ("--seq-len", ExitCode.USAGE)
+
+
 def test_a_streamed_conversion_of_a_text_holds_no_whole_model(model, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("w4 w5 w6")
