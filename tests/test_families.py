@@ -11,6 +11,7 @@ from kit.families import TABLE, config_value
 from kit.recipes import load_recipes
 
 SHAPE = {"hidden_size": 48, "num_hidden_layers": 7, "num_attention_heads": 3, "vocab_size": 64, "pad_token_id": 0}
+SLIDING = {"use_sliding_window": True}
 ONE_SIZE = ("gpt2",)  # as many key/value heads as query heads, and their width follows
 
 
@@ -56,7 +57,9 @@ def test_sliding_layers_are_known_without_being_listed(family):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-@pytest.mark.parametrize("more", [{}, {"use_sliding_window": True}, {"use_sliding_window": True, "max_window_layers": 3}])
+@pytest.mark.parametrize(
+    "more", [{}, {"use_sliding_window": True}, {"use_sliding_window": True, "max_window_layers": 3}]
+)
 def test_layers_that_see_everything_are_those_that_transformers_says(family, more):
     """Of config.json with few words; the cache grows by two bytes each for their keys and values alone."""
     config = {"model_type": family, "num_hidden_layers": 30, "num_attention_heads": 3, "num_key_value_heads": 1,
