@@ -361,6 +361,30 @@ def test_a_cache_that_is_full_grows_and_nothing_else_changes(make, variant):
     assert torch.equal(small.store.codes, large.store.codes)
 
 
+@pytest.mark.parametrize(("window", "given"), [(8, 1), (8, 3), (128, 3), (0, 1)])
+def test_a_call_that_fails_can_be_made_again(make, monkeypatch, window, given):
+    """As if its tokens had been given and taken back."""
+    model, ids = enable_kernels(make(window=window), "reference"), tokens(1, 20 + given)
+    cache, whole = FusedCache(64), FusedCache(64)
+    steps(model, cache, ids[:, :20], [20])
+    once = steps(model, whole, ids, [20, given])[:, 20:]
+    whole.crop(-given)
+    want = steps(model, whole, ids[:, 20:], [given])
+    if (window, given) != (8, 3):  # else keys that the window had lost come back rounded
+        torch.testing.assert_close(want, once, atol=1e-5, rtol=1e-5)
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    for owner, name in ((model.lm_head, "forward"), (accelerated, "quantize_fp8")):  # as a token is counted, and before
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                steps(model, cache, ids[:, 20:], [given])
+        assert cache.get_seq_length() == int(cache.store.length) == 20
+    assert torch.equal(steps(model, cache, ids[:, 20:], [given]), want)
+
+
 def test_growth_makes_a_captured_step_stale(make):
     model = enable_kernels(make(), "reference")
     cache = FusedCache(1)
