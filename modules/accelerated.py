@@ -317,7 +317,8 @@ class FusedCache(Cache):
         new.length, new.delegate = self.length, copy.deepcopy(self.delegate, memo)
         if self.store is not None:
             memo |= {id(x): x for x in (self.store.order, self.store.factor) if x is not None}  # of the model
-            new.store = copy.deepcopy(self.store, memo)
+            with torch.inference_mode(False):  # as `KVStore.empty`
+                new.store = copy.deepcopy(self.store, memo)
         return new
 
 
@@ -325,7 +326,8 @@ class DecodeGraph:
     """One step of decoding as a CUDA graph; it works on the cache it was captured with."""
 
     def __init__(self, fused: FusedModel, store: KVStore, ids: Tensor) -> None:
-        self.ids = ids.clone()
+        with torch.inference_mode(False):  # so that it can be written to outside of that mode as well
+            self.ids = ids.clone()
         self.held = fused.angles(store.capacity)  # which the model may replace by longer ones
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device)):
