@@ -205,7 +205,8 @@ def test_texts_longer_than_learned_positions_are_refused_before_weights_load(mak
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(300)))
     fits = {"num_tokens": 64, "dataset": str(text), "seq_len": 64, "speed": False}
-    rows = evaluate({"gpt2": checkpoint}, base=checkpoint, **fits)["rows"]
+    out = tmp_path / "eval"
+    rows = evaluate({"gpt2": checkpoint}, base=checkpoint, output=out, **fits)["rows"]
     assert math.isfinite(rows[1]["perplexity"])
     monkeypatch.setattr(Checkpoint, "load_model", None)
     for change, option in (
@@ -216,8 +217,9 @@ def test_texts_longer_than_learned_positions_are_refused_before_weights_load(mak
         ({"speed": True}, "--speed"),
     ):
         with pytest.raises(KitError, match="64 learned positions") as caught:
-            evaluate({"gpt2": checkpoint}, **fits | change)
+            evaluate({"gpt2": checkpoint}, output=out, overwrite=True, **fits | change)
         assert (caught.value.where, caught.value.exit_code) == (option, 2)
+        assert [file.name for file in out.iterdir()] == ["results.json"]  # a refused command replaces nothing
     sizes = {"batches": [1], "new_tokens": 8, "repeats": 1, "dtype": "auto", "device": "cpu"}
     with pytest.raises(KitError, match="64 learned positions, and a text of 67"):
         bench(str(folder), base=None, config=None, contexts=[8, 56], **sizes)
