@@ -13,6 +13,7 @@ from kit.kernels.linear_attention.blocks import load_map
 from kit.kernels.linear_attention.decode_kernel import gated_step as gated_step_kernel
 from kit.kernels.linear_attention.decode_kernel import hybrid_step as hybrid_step_kernel
 from kit.kernels.linear_attention.launch import SLOTS, namespace, on_device_of, refuse_dims, triton
+from kit.kernels.linear_attention.reference import check_heads
 
 NAMESPACE = namespace(__file__, hybrid_step_kernel, load_map)
 
@@ -61,6 +62,17 @@ def _cut(width: int, states: int, queries: int) -> tuple[int, int]:
     if states * (width // 32) <= SLOTS:
         return 32, 4
     return min(width, 128), 4 if queries == 1 else 8
+
+
+def _check_state(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Refuse tensors of other shapes than the wanted: the kernels would read and write beyond them.
+
+    Raises:
+        ValueError: naming one and its shape.
+    """
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} of {shape} is needed, got {tuple(tensors[name].shape)}")
 
 
 @torch.library.custom_op(
@@ -141,8 +153,20 @@ def hybrid_step(
         (B, H, V).
 
     Raises:
-        ValueError: on unsupported dims, naming them.
+        ValueError: on shapes that do not fit or that are not supported, naming them.
     """
+    check_heads(q[:, :, None], k[:, :, None], v[:, :, None], feature_map_q, feature_map_k)
+    (batch, heads, dim), kv_heads, width = q.shape, k.shape[1], v.shape[-1]
+    slots, sinks, (map_heads, _, half) = state.ring_k.shape[2], state.sink_k.shape[2], feature_map_k.shape
+    _check_state(
+        {**vars(state), "position": position, "log_window_factor": log_window_factor},
+        {
+            "ring_k": (batch, kv_heads, slots, dim), "ring_v": (batch, kv_heads, slots, width),
+            "sink_k": (batch, kv_heads, sinks, dim), "sink_v": (batch, kv_heads, sinks, width),
+            "states": (batch, map_heads, 2 * half, width), "sums": (2, batch, map_heads, 2 * half),
+            "position": (batch,), "log_window_factor": (heads,),
+        },
+    )  # fmt: skip
     dims = {"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]}
     if reason := refuse_dims(**dims):
         raise ValueError(reason)
@@ -225,7 +249,19 @@ def gated_step(
 
     Returns:
         (B, H, V).
+
+    Raises:
+        ValueError: on shapes that do not fit or that are not supported, naming them.
     """
+    check_heads(q[:, :, None], k[:, :, None], v[:, :, None], feature_map_q, feature_map_k)
+    batch, heads, features = *q.shape[:2], q.shape[2] if feature_map_q is None else 2 * feature_map_q.shape[-1]
+    tensors = {"states": states, "sums": sums, "position": position}
+    wanted: dict[str, tuple[int, ...]] = {
+        "states": (batch, heads, features, v.shape[-1]), "sums": (2, batch, heads, features), "position": (batch,)
+    }  # fmt: skip
+    if log_gate is not None:
+        tensors["log_gate"], wanted["log_gate"] = log_gate, (batch, heads)
+    _check_state(tensors, wanted)
     if reason := refuse_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]}):
         raise ValueError(reason)
     gate = None if log_gate is None else log_gate.float()
