@@ -179,11 +179,12 @@ def cumulated(log_gate: Tensor, bounds: Tensor | None, rows_a_block: int) -> Ten
 def map_features(x: Tensor, maps: Tensor) -> Tensor:
     """φ(x), (B, M, T, F), of x (B, X, T, D) with maps (M, D, F/2)."""
     (batch, _, rows, dim), heads = x.shape, len(maps)
+    block = FEATURE_ROWS if x.dtype != torch.float32 else 16  # fp32 products are unrolled: few rows compile fast
     out = torch.empty(batch, heads, rows, 2 * maps.shape[-1], dtype=x.dtype, device=x.device)
     x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
     with on_device_of(x):
-        map_forward[(triton.cdiv(rows, FEATURE_ROWS), heads, batch)](
-            x, maps, out, *x.stride()[:3], rows, DIM=dim, HALF=maps.shape[-1], BT=FEATURE_ROWS,
+        map_forward[(triton.cdiv(rows, block), heads, batch)](
+            x, maps, out, *x.stride()[:3], rows, DIM=dim, HALF=maps.shape[-1], BT=block,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
     return out
@@ -196,10 +197,14 @@ def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None =
     """
     batch, heads, rows = d_phi.shape[:3]
     dim, half = maps.shape[1:]
+    if x.dtype == torch.float32 and dim * half == 256 * 128:
+        return _map_gradient_by_parts(x, maps, d_phi, add_to)
     alone = x.shape[1] == heads
     wide = x if alone else x.repeat_interleave(heads // x.shape[1], 1)
     into = add_to if alone and add_to is not None else gradient_like(wide, fill=False)
-    block, blocks_each = FEATURE_ROWS if x.dtype != torch.float32 else 32, 16
+    block, blocks_each = FEATURE_ROWS, 16
+    if x.dtype == torch.float32 or dim * half == 256 * 128:
+        block = 32  # of 64 rows, operands are more than a multiprocessor's 227 KiB
     programs = triton.cdiv(rows, block * blocks_each)
     d_maps = torch.empty(batch, programs, heads, dim, half, dtype=torch.float32, device=x.device)
     with on_device_of(x):
@@ -212,3 +217,15 @@ def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None =
         into = over_groups(into, x)
         into = into if add_to is None else add_to.add_(into)
     return into, d_maps.sum((0, 1)).to(maps.dtype)
+
+
+def _map_gradient_by_parts(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`map_gradient` in PyTorch: a map of 128 KiB and its transpose are more than a multiprocessor holds."""
+    wide = x.repeat_interleave(len(maps) // x.shape[1], 1)
+    z = wide @ maps
+    d_z = torch.zeros_like(z)
+    for sign, d_half in zip((1, -1), d_phi.chunk(2, -1), strict=True):
+        p = (sign * z).softmax(-1)
+        d_z += sign * p * (d_half - (p * d_half).sum(-1, keepdim=True))
+    d_x = over_groups(d_z @ maps.mT, x)
+    return d_x if add_to is None else add_to.add_(d_x), (wide.mT @ d_z).sum(0)

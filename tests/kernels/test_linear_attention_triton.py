@@ -15,6 +15,7 @@ from kit.kernels.linear_attention import dispatch, gated_reference, reference, s
 from kit.kernels.linear_attention.decode_ops import HybridState, gated_step, hybrid_step
 from kit.kernels.linear_attention.gated_ops import gated_linear_attention
 from kit.kernels.linear_attention.hybrid_ops import hybrid_attention
+from kit.kernels.linear_attention.recurrence_ops import map_gradient
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -107,6 +108,18 @@ GATED = {
     "an empty sequence": ({}, {"bounds": torch.tensor([[0, 0, 50], [1, 0, 0]])}),
     "splits": ({"batch": 1, "heads": 1, "length": 1100, "state": 1}, {"return_state": True}),
 }
+
+
+def test_a_map_too_large_for_a_multiprocessor():
+    g = torch.Generator().manual_seed(0)
+    x, maps, d_phi = (torch.randn(*shape, generator=g) for shape in ((1, 1, 5, 256), (2, 256, 128), (1, 2, 5, 256)))
+    truth = [t.double().requires_grad_() for t in (x, maps)]
+    phi = reference.hedgehog_feature_map(truth[0].expand(-1, 2, -1, -1) * 0.1, truth[1])
+    want = torch.autograd.grad((phi * d_phi).sum(), truth)
+    before = torch.randn(x.shape, generator=g)
+    got = map_gradient(x.to(DEVICE) * 0.1, maps.to(DEVICE), d_phi.to(DEVICE), before.to(DEVICE, copy=True))
+    assert relative(got[0], want[0] * 10 + before) < 1e-5
+    assert relative(got[1], want[1]) < 1e-5
 
 
 @pytest.mark.parametrize("case", GATED)
@@ -423,6 +436,19 @@ SIZES = [(64, 128, 256), (64, 64, 64), (128, 64, 64), (128, 256, 128), (256, 64,
 @pytest.mark.parametrize(("dim", "width", "features"), SIZES)
 @pytest.mark.parametrize("case", ["hybrid", "sinks", "gated", "state"])
 def test_heads_values_and_features_of_every_size_in_bf16(case, dim, width, features):
+    errors = errors_of_a_size(case, dim, width, features, torch.bfloat16)
+    assert errors["out"] < 3e-3, errors
+    assert max(errors.values()) < 1.2e-2, errors
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", ["sinks", "gated"])
+@pytest.mark.parametrize("size", [(128, 64, 128), (256, 256, 256)])
+def test_heads_values_and_features_of_large_sizes_in_fp32(case, size):
+    assert max(errors_of_a_size(case, *size, torch.float32).values()) < 1e-5
+
+
+def errors_of_a_size(case, dim, width, features, dtype):
     shape = {"heads": 4, "kv_heads": 2, "length": 300, "dim": dim, "width": width, "half": features // 2}
     if case in ("hybrid", "sinks"):
         x = hybrid_inputs(**shape, meta=case == "sinks")
@@ -432,10 +458,9 @@ def test_heads_values_and_features_of_every_size_in_bf16(case, dim, width, featu
         x = gated_inputs(**shape, gate=0.1, state=2 if case == "state" else None)
         options = {"return_state": case == "state"}
         calls = gated_linear_attention, gated_reference.gated_linear_attention
-    errors = compare(*calls, x, (options, options), torch.bfloat16)
-    assert errors["out"] < 3e-3, errors
-    errors.pop("window_factor", None)
-    assert max(errors.values()) < 1.2e-2, errors
+    errors = compare(*calls, x, (options, options), dtype)
+    errors.pop("window_factor", None)  # a sum in which nearly all cancels
+    return errors
 
 
 @needs_gpu
