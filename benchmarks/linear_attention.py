@@ -4,11 +4,11 @@
 
 Every figure is the median of CUDA-graph replays, bf16, 32 heads of 128, random data. `roofline` is the least time that
 reading the inputs and writing the outputs once takes at the measured copy bandwidth, as a share of what was measured.
-`first_s` is the first call: compiling, if it is the first of its kernel and Triton's cache is cold, and no tuning, as
-the kernels ship one cut a shape (flash-linear-attention tunes itself then). `memory` rows: what a forward pass keeps
-for the backward pass, and the peak of both. Decoding rotates among layers, so that no state or cache stays in the L2.
-Peers that are not installed are left out. `--only` picks parts, and `--warm` makes each call once and times none: run
-parts so in processes of their own to compile them side by side.
+`first_s` is the first call: compiling, where Triton's cache is cold (`compiled` kernels, the slowest in `slowest_s`),
+and no tuning, as the kernels ship one cut a shape (flash-linear-attention tunes itself then). `memory` rows: what a
+forward pass keeps for the backward pass, and the peak of both. Decoding rotates among layers, so that no state or cache
+stays in the L2. Peers that are not installed are left out. `--only` picks parts, and `--warm` makes each call once and
+times none: run parts so in processes of their own to compile them side by side.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from kit.kernels.linear_attention.decode_ops import HybridState, hybrid_step
@@ -66,13 +67,22 @@ class Bench:
 
     def __init__(self, bandwidth: float, output: Path | None, warm: bool, short: bool) -> None:
         self.bandwidth, self.output, self.warm, self.short, self.rows = bandwidth, output, warm, short, []
+        self.compiled: list[float] = []  # seconds of each compilation since a call began
+        triton.knobs.compilation.listener = self._listen
+
+    def _listen(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            self.compiled.append(times.total / 1e6)
 
     def time(self, name: str, call: Callable[[], Any], num_bytes: float, tokens: int, repeat: int = 1) -> None:
         """Time a call that does something `repeat` times, and print microseconds for one."""
+        self.compiled.clear()
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
         row: dict[str, Any] = {"name": name, "first_s": round(time.perf_counter() - start, 2)}
+        if self.compiled:
+            row |= {"compiled": len(self.compiled), "slowest_s": round(max(self.compiled), 2)}
         if not self.warm:
             torch.cuda.empty_cache()
             micros = (replay(call) if tokens < MILLION else clock(call)) / repeat

@@ -64,15 +64,15 @@ def _cut(width: int, states: int, queries: int) -> tuple[int, int]:
     return min(width, 128), 4 if queries == 1 else 8
 
 
-def _check_state(tensors: dict[str, Tensor], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Refuse tensors of other shapes than the wanted: the kernels would read and write beyond them.
+def _check_state(tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Refuse tensors that do not have the shape beside them: the kernels would read and write beyond them.
 
     Raises:
         ValueError: naming one and its shape.
     """
-    for name, shape in wanted.items():
-        if tensors[name].shape != shape:
-            raise ValueError(f"{name} of {shape} is needed, got {tuple(tensors[name].shape)}")
+    for name, (x, shape) in tensors.items():
+        if x.shape != shape:
+            raise ValueError(f"{name} of {shape} is needed, got {tuple(x.shape)}")
 
 
 @torch.library.custom_op(
@@ -159,14 +159,17 @@ def hybrid_step(
     (batch, heads, dim), kv_heads, width = q.shape, k.shape[1], v.shape[-1]
     slots, sinks, (map_heads, _, half) = state.ring_k.shape[2], state.sink_k.shape[2], feature_map_k.shape
     _check_state(
-        {**vars(state), "position": position, "log_window_factor": log_window_factor},
         {
-            "ring_k": (batch, kv_heads, slots, dim), "ring_v": (batch, kv_heads, slots, width),
-            "sink_k": (batch, kv_heads, sinks, dim), "sink_v": (batch, kv_heads, sinks, width),
-            "states": (batch, map_heads, 2 * half, width), "sums": (2, batch, map_heads, 2 * half),
-            "position": (batch,), "log_window_factor": (heads,),
-        },
-    )  # fmt: skip
+            "ring_k": (state.ring_k, (batch, kv_heads, slots, dim)),
+            "ring_v": (state.ring_v, (batch, kv_heads, slots, width)),
+            "sink_k": (state.sink_k, (batch, kv_heads, sinks, dim)),
+            "sink_v": (state.sink_v, (batch, kv_heads, sinks, width)),
+            "states": (state.states, (batch, map_heads, 2 * half, width)),
+            "sums": (state.sums, (2, batch, map_heads, 2 * half)),
+            "position": (position, (batch,)),
+            "log_window_factor": (log_window_factor, (heads,)),
+        }
+    )
     dims = {"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]}
     if reason := refuse_dims(**dims):
         raise ValueError(reason)
@@ -255,13 +258,9 @@ def gated_step(
     """
     check_heads(q[:, :, None], k[:, :, None], v[:, :, None], feature_map_q, feature_map_k)
     batch, heads, features = *q.shape[:2], q.shape[2] if feature_map_q is None else 2 * feature_map_q.shape[-1]
-    tensors = {"states": states, "sums": sums, "position": position}
-    wanted: dict[str, tuple[int, ...]] = {
-        "states": (batch, heads, features, v.shape[-1]), "sums": (2, batch, heads, features), "position": (batch,)
-    }  # fmt: skip
-    if log_gate is not None:
-        tensors["log_gate"], wanted["log_gate"] = log_gate, (batch, heads)
-    _check_state(tensors, wanted)
+    state = {"states": (states, (batch, heads, features, v.shape[-1])), "sums": (sums, (2, batch, heads, features))}
+    gate_shape = {} if log_gate is None else {"log_gate": (log_gate, (batch, heads))}
+    _check_state({**state, **gate_shape, "position": (position, (batch,))})
     if reason := refuse_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]}):
         raise ValueError(reason)
     gate = None if log_gate is None else log_gate.float()
