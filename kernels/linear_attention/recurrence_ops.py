@@ -22,7 +22,7 @@ from kit.kernels.linear_attention.launch import (
 from kit.kernels.linear_attention.recurrence_kernel import KEEP_EVERY, cumulate_gates, recurrence
 
 FEATURE_ROWS = 64
-PARTS = ("row_products", "block_states", "block_sums", "pairs", "across")  # outputs of the gate's gradient
+PARTS = ("row_products", "block_states", "block_sums", "across")  # outputs of the gate's gradient
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Recurrence:
             add_to: a gradient of `like`, to which the output is added in place unless heads share it.
             want_last: whether the state after the last block is used.
             want_out: whether anything else is.
-            gate_terms: "q", "k" or "v"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
+            gate_terms: "q" or "k"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
 
         Returns:
             (B, H, T, V), the mass (B, H, T) if normalized, and the state and its sums after the last block.
@@ -131,7 +131,7 @@ class Recurrence:
             with on_device_of(z):
                 recurrence[(width // cut.values, self.heads, self.sequences * splits)](
                     x, y, z, unused if self.through is None else self.through, unused if weight is None else weight[1],
-                    extra[1] if extra is not None else parts.get("extra", unused), other,
+                    unused if extra is None else extra[1], other,
                     unused if self.bounds is None else self.bounds, states, sums, out, unused if mass is None else mass,
                     *(parts.get(name, unused) for name in PARTS), decays, *to,
                     *(stride for t in (x, y, z, other, out) for stride in t.stride()[:3]),
