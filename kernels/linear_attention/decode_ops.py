@@ -96,11 +96,10 @@ def _hybrid_step(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k.shape[1], map_heads, scale,
             math.log(linear_weight) if linear_weight > 0 else 0.0,
             HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None,
-            SINKS=sink_k.shape[2], WINDOW=window, SLOTS=max(triton.next_power_of_2(window + 1), 16),
-            QUERIES=heads // map_heads, DIM=dim,
-            HALF=map_q.shape[-1], V=width, BV=columns,
+            SINKS=sink_k.shape[2], WINDOW=window, KEYS=max(triton.next_power_of_2(window + sink_k.shape[2]), 16),
+            QUERIES=heads // map_heads, DIM=dim, HALF=map_q.shape[-1], V=width, BV=columns,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
-            num_warps=warps,
+            PLAIN=not q.is_cuda, num_warps=warps, launch_pdl=q.is_cuda,
         )  # fmt: skip
     return out
 
