@@ -86,6 +86,8 @@ def recurrence(
     row_weight,
     extra,
     companion,
+    near_mass,
+    key_sums,
     bounds,
     states,
     sums,
@@ -121,8 +123,10 @@ def recurrence(
     scale,
     num_rows,
     num_keys,
+    mass_rows,
     num_splits,
     split_blocks,
+    sum_blocks,
     num_kept,
     REVERSE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -132,6 +136,8 @@ def recurrence(
     TERRACE: tl.constexpr,
     STATE_ONLY: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    JOIN: tl.constexpr,
+    SUMS_GIVEN: tl.constexpr,
     WEIGHTED: tl.constexpr,
     EXTRA: tl.constexpr,
     GATE_TERMS: tl.constexpr,
@@ -150,7 +156,10 @@ def recurrence(
         TERRACE: queries do not see keys of their own block.
         SKIP_END: the last split adds nothing: nobody asks for the state after it.
         STATE_ONLY: no outputs, only what the split adds to the state (`states`, `sums`).
-        NORMALIZE: divide by `mass`, the same sum with z = 1, and store it.
+        NORMALIZE: divide by `mass`, the same sum with z = 1, and store it; its rows are `mass_rows` a head.
+        JOIN: `out` holds the mean of other values, under weights that add up to exp(`near_mass`). These, `scale` times,
+            join it, and `mass` is the log of all weights.
+        SUMS_GIVEN: `key_sums` (N, sum_blocks, Y, 2·HALF) holds each block's sum of y.
         WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
         EXTRA: `extra` e (B, H, T) adds to the products: e_i z_j for queries ("x"), e_j z_j for keys ("y").
         ADD: `out` holds another gradient, to which this one is added.
@@ -164,6 +173,7 @@ def recurrence(
     split = number % num_splits
     row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
     rows = (row * heads + head) * num_keys
+    at_mass = (row * heads + head) * mass_rows
     y += row * y_batch + (head // y_group).to(tl.int64) * y_head
     z += row * z_batch + (head // z_group).to(tl.int64) * z_head + value_block * BV
     x += row * x_batch + (head // x_group).to(tl.int64) * x_head
@@ -226,6 +236,10 @@ def recurrence(
             weight = tl.load(row_weight + rows + time, mask=ok, other=0.0)
         if EXTRA != "":
             added = tl.load(extra + rows + time, mask=ok, other=0.0)
+        if SUMS_GIVEN:
+            at = (sequence.to(tl.int64) * sum_blocks + block) * (heads // y_group) + head // y_group
+            block_sum0 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF))
+            block_sum1 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF) + HALF)
         if not STATE_ONLY:
             if MASKED:
                 x0 = load_block(x, time, x_time, ok, HALF)
@@ -233,8 +247,12 @@ def recurrence(
             else:
                 x0 = tl.load(x + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
                 x1 = tl.load(x + HALF + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
+            block_out = out + time[:, None] * out_time + columns[None, :]
             if GATE_TERMS != "":  # this early, it is there when it is needed
                 beside = load_block(companion, time, c_time, ok, BV)
+            if JOIN:
+                means = tl.load(block_out, mask=ok[:, None], other=0.0)
+                log_near = tl.load(near_mass + at_mass + time, mask=ok, other=0.0)
             if REVERSE:
                 seen = index[:, None] >= index[None, :]
             else:
@@ -280,21 +298,34 @@ def recurrence(
                 if HAS_GATE:
                     total *= of_queries[None, :]
                 total = tl.sum(total + a, 0)
-            if NORMALIZE:
+            if JOIN:
+                log_past = tl.where(total > 0, tl.log(tl.maximum(total * scale, 1e-37)), -1e30)
+                top = tl.maximum(log_near, log_past)
+                of_near = tl.exp(log_near - top)
+                of_past = tl.where(total > 0, tl.exp(log_past - top), 0.0)
+                if value_block == 0:
+                    log_total = tl.where(top > -1e29, top + tl.log(of_near + of_past), 0.0)
+                    tl.store(mass + at_mass + time, log_total, mask=ok)
+                of_near /= of_near + of_past
+                of_past = (1.0 - of_near) / tl.where(total == 0, 1.0, total)
+                result *= of_past[None, :]
+            elif NORMALIZE:
                 result = result / tl.where(total == 0, 1.0, total)[None, :]
                 if value_block == 0:
-                    tl.store(mass + rows + time, total, mask=ok)
+                    tl.store(mass + at_mass + time, total, mask=ok)
             else:
                 result *= scale
-            block_out = out + time[:, None] * out_time + columns[None, :]
+            rows_out = tl.trans(result)
             if GATE_TERMS != "":
-                tl.store(row_products + terms + time, tl.sum(tl.trans(result) * beside.to(tl.float32), 1), mask=ok)
+                tl.store(row_products + terms + time, tl.sum(rows_out * beside.to(tl.float32), 1), mask=ok)
+            if JOIN:
+                rows_out += means.to(tl.float32) * of_near[:, None]
             if ADD:
-                result += tl.trans(tl.load(block_out, mask=ok[:, None], other=0.0)).to(tl.float32)
+                rows_out += tl.load(block_out, mask=ok[:, None], other=0.0).to(tl.float32)
             if MASKED:
-                tl.store(block_out, tl.trans(result).to(out.dtype.element_ty), mask=ok[:, None])
+                tl.store(block_out, rows_out.to(out.dtype.element_ty), mask=ok[:, None])
             else:
-                tl.store(block_out, tl.trans(result).to(out.dtype.element_ty))
+                tl.store(block_out, rows_out.to(out.dtype.element_ty))
             if GATE_TERMS == "q":
                 if block % KEEP_EVERY == 0:
                     kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
@@ -312,7 +343,10 @@ def recurrence(
                 if HAS_GATE:
                     value_sum *= tl.exp2(whole)
                 value_sum = tl.dot(counts, values, value_sum, input_precision=PRECISION)
-            if NORMALIZE:
+            if SUMS_GIVEN:
+                sum0 += block_sum0
+                sum1 += block_sum1
+            elif NORMALIZE:
                 if HAS_GATE:
                     sum0 *= tl.exp2(whole)
                     sum1 *= tl.exp2(whole)
