@@ -144,13 +144,13 @@ def recurrence(
     ADD: tl.constexpr,
     STORE_LAST: tl.constexpr,
     SKIP_END: tl.constexpr,
-    HALF: tl.constexpr,
+    K: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One split of one head, BV columns of z. Shapes in recurrence_ops.py; x and y have 2·HALF features, z V columns.
+    """One split of one head, BV columns of z. Shapes in recurrence_ops.py; x and y have K features, z V columns.
 
     Options:
         TERRACE: queries do not see keys of their own block.
@@ -159,7 +159,7 @@ def recurrence(
         NORMALIZE: divide by `mass`, the same sum with z = 1, and store it; its rows are `mass_rows` a head.
         JOIN: `out` holds the mean of other values, under weights that add up to exp(`near_mass`). These, `scale` times,
             join it, and `mass` is the log of all weights.
-        SUMS_GIVEN: `key_sums` (N, sum_blocks, Y, 2·HALF) holds each block's sum of y.
+        SUMS_GIVEN: `key_sums` (N, sum_blocks, Y, K) holds each block's sum of y.
         WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
         EXTRA: `extra` e (B, H, T) adds to the products: e_i z_j for queries ("x"), e_j z_j for keys ("y").
         ADD: `out` holds another gradient, to which this one is added.
@@ -186,26 +186,23 @@ def recurrence(
     if SKIP_END:
         count = tl.where(split == (0 if REVERSE else num_splits - 1), 0, count)
     columns = tl.arange(0, BV)
-    at_state = ((number.to(tl.int64) * heads + head) * V + value_block * BV) * (2 * HALF)
-    cells = columns[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    wide = tl.arange(0, K)
+    at_state = ((number.to(tl.int64) * heads + head) * V + value_block * BV) * K
+    cells = columns[:, None] * K + wide[None, :]
     at_sum = (number.to(tl.int64) * heads + head) * V + value_block * BV + columns
-    at_key_sum = (number.to(tl.int64) * heads + head) * (2 * HALF) + tl.arange(0, HALF)
+    at_key_sum = (number.to(tl.int64) * heads + head) * K + wide
     if HAS_STATE:
-        state0 = tl.load(states + at_state + cells)
-        state1 = tl.load(states + at_state + cells + HALF)
+        state = tl.load(states + at_state + cells)
     else:
-        state0 = tl.zeros([BV, HALF], tl.float32)
-        state1 = tl.zeros([BV, HALF], tl.float32)
+        state = tl.zeros([BV, K], tl.float32)
     # what divides: the same state for z = 1. What extras need: the same state for x = y = 1, here
     # a (16, ·) matrix whose rows add up: products with it run on the tensor cores.
     lane = tl.arange(0, 16)[:, None]
     if NORMALIZE:
         if HAS_STATE:
-            sum0 = tl.load(sums + at_key_sum)
-            sum1 = tl.load(sums + at_key_sum + HALF)
+            key_sum = tl.load(sums + at_key_sum)
         else:
-            sum0 = tl.zeros([HALF], tl.float32)
-            sum1 = tl.zeros([HALF], tl.float32)
+            key_sum = tl.zeros([K], tl.float32)
     if EXTRA != "":
         value_sum = tl.zeros([16, BV], tl.float32)
         if HAS_STATE:
@@ -218,12 +215,10 @@ def recurrence(
         time = begin + index
         ok = time < end
         if MASKED:
-            y0 = load_block(y, time, y_time, ok, HALF)
-            y1 = load_block(y + HALF, time, y_time, ok, HALF)
+            keys = load_block(y, time, y_time, ok, K)
             values = load_block(z, time, z_time, ok, BV)
         else:
-            y0 = tl.load(y + time[:, None] * y_time + tl.arange(0, HALF)[None, :])
-            y1 = tl.load(y + HALF + time[:, None] * y_time + tl.arange(0, HALF)[None, :])
+            keys = tl.load(y + time[:, None] * y_time + wide[None, :])
             values = tl.load(z + time[:, None] * z_time + columns[None, :])
         if HAS_GATE:
             decay = tl.load(through + rows + time, mask=ok, other=0.0)
@@ -238,15 +233,12 @@ def recurrence(
             added = tl.load(extra + rows + time, mask=ok, other=0.0)
         if SUMS_GIVEN:
             at = (sequence.to(tl.int64) * sum_blocks + block) * (heads // y_group) + head // y_group
-            block_sum0 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF))
-            block_sum1 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF) + HALF)
+            block_sum = tl.load(key_sums + at * K + wide)
         if not STATE_ONLY:
             if MASKED:
-                x0 = load_block(x, time, x_time, ok, HALF)
-                x1 = load_block(x + HALF, time, x_time, ok, HALF)
+                queries = load_block(x, time, x_time, ok, K)
             else:
-                x0 = tl.load(x + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
-                x1 = tl.load(x + HALF + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
+                queries = tl.load(x + time[:, None] * x_time + wide[None, :])
             block_out = out + time[:, None] * out_time + columns[None, :]
             if GATE_TERMS != "":  # this early, it is there when it is needed
                 beside = load_block(companion, time, c_time, ok, BV)
@@ -262,7 +254,7 @@ def recurrence(
             if TERRACE:
                 seen = seen & (index[:, None] < 0)
             # keys x queries
-            products = tl.dot(y1, tl.trans(x1), dot(y0, tl.trans(x0), PRECISION), input_precision=PRECISION)
+            products = dot(keys, tl.trans(queries), PRECISION)
             a = products
             if WEIGHTED == "x":
                 a *= weight[None, :]
@@ -281,8 +273,7 @@ def recurrence(
                 a *= between
             else:
                 a = tl.where(seen, a, 0.0)
-            result = dot(state0.to(x0.dtype), tl.trans(x0), PRECISION)
-            result = tl.dot(state1.to(x0.dtype), tl.trans(x1), result, input_precision=PRECISION)
+            result = dot(state.to(queries.dtype), tl.trans(queries), PRECISION)
             if WEIGHTED == "x":
                 result *= weight[None, :]
             if EXTRA == "x":
@@ -293,8 +284,7 @@ def recurrence(
                 result *= of_queries[None, :]
             result = tl.dot(tl.trans(values), a.to(values.dtype), result, input_precision=PRECISION)
             if NORMALIZE:
-                total = dot(as_rows(sum0, x0.dtype, BT), tl.trans(x0), PRECISION)
-                total = tl.dot(as_rows(sum1, x0.dtype, BT), tl.trans(x1), total, input_precision=PRECISION)
+                total = dot(as_rows(key_sum, queries.dtype, BT), tl.trans(queries), PRECISION)
                 if HAS_GATE:
                     total *= of_queries[None, :]
                 total = tl.sum(total + a, 0)
@@ -329,9 +319,8 @@ def recurrence(
             if GATE_TERMS == "q":
                 if block % KEEP_EVERY == 0:
                     kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
-                    at = block_states + (kept * V + value_block * BV) * (2 * HALF) + cells
-                    tl.store(at, state0.to(block_states.dtype.element_ty))
-                    tl.store(at + HALF, state1.to(block_states.dtype.element_ty))
+                    at = block_states + (kept * V + value_block * BV) * K + cells
+                    tl.store(at, state.to(block_states.dtype.element_ty))
                     if EXTRA != "":
                         tl.store(block_sums + kept * V + value_block * BV + columns, tl.sum(value_sum, 0))
         if NORMALIZE or EXTRA != "":
@@ -339,35 +328,30 @@ def recurrence(
             if HAS_GATE:
                 counted *= of_keys
             if EXTRA != "":
-                counts = as_rows(counted, y0.dtype, 16)
+                counts = as_rows(counted, keys.dtype, 16)
                 if HAS_GATE:
                     value_sum *= tl.exp2(whole)
                 value_sum = tl.dot(counts, values, value_sum, input_precision=PRECISION)
             if SUMS_GIVEN:
-                sum0 += block_sum0
-                sum1 += block_sum1
+                key_sum += block_sum
             elif NORMALIZE:
                 if HAS_GATE:
-                    sum0 *= tl.exp2(whole)
-                    sum1 *= tl.exp2(whole)
-                counts = as_rows(counted, y0.dtype, BT)
-                sum0 += tl.sum(dot(counts, y0, PRECISION), 0)
-                sum1 += tl.sum(dot(counts, y1, PRECISION), 0)
+                    key_sum *= tl.exp2(whole)
+                counts = as_rows(counted, keys.dtype, BT)
+                key_sum += tl.sum(dot(counts, keys, PRECISION), 0)
         if HAS_GATE:
-            state0 *= tl.exp2(whole)
-            state1 *= tl.exp2(whole)
+            state *= tl.exp2(whole)
             if WEIGHTED == "y":
                 of_keys *= weight
-            values = (values.to(tl.float32) * of_keys[:, None]).to(y0.dtype)
+            values = (values.to(tl.float32) * of_keys[:, None]).to(keys.dtype)
         elif WEIGHTED == "y":
-            values = (values.to(tl.float32) * weight[:, None]).to(y0.dtype)
-        state0 = tl.dot(tl.trans(values), y0, state0, input_precision=PRECISION)
-        state1 = tl.dot(tl.trans(values), y1, state1, input_precision=PRECISION)
+            values = (values.to(tl.float32) * weight[:, None]).to(keys.dtype)
+        state = tl.dot(tl.trans(values), keys, state, input_precision=PRECISION)
         if GATE_TERMS == "k":
             if block % KEEP_EVERY == 0:
                 kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
-                at = block_states + (kept * V + value_block * BV) * (2 * HALF) + cells
-                over = tl.sum(tl.load(at).to(tl.float32) * state0 + tl.load(at + HALF).to(tl.float32) * state1)
+                at = block_states + (kept * V + value_block * BV) * K + cells
+                over = tl.sum(tl.load(at).to(tl.float32) * state)
                 if EXTRA != "":
                     kept_sum = tl.load(block_sums + kept * V + value_block * BV + columns)
                     over += tl.sum(kept_sum * tl.sum(value_sum, 0))
@@ -381,11 +365,9 @@ def recurrence(
             if value_block == 0:
                 tl.store(decays + number.to(tl.int64) * heads + head, over_split)
     if STATE_ONLY or STORE_LAST:
-        tl.store(last_state + at_state + cells, state0)
-        tl.store(last_state + at_state + cells + HALF, state1)
+        tl.store(last_state + at_state + cells, state)
         if NORMALIZE:
             if value_block == 0:
-                tl.store(last_sum + at_key_sum, sum0)
-                tl.store(last_sum + at_key_sum + HALF, sum1)
+                tl.store(last_sum + at_key_sum, key_sum)
         if EXTRA != "":
             tl.store(last_sum + at_sum, tl.sum(value_sum, 0))

@@ -157,7 +157,7 @@ class Recurrence:
                     WEIGHTED="" if weight is None else weight[0], EXTRA="" if extra is None else extra[0],
                     GATE_TERMS="" if state_only else gate_terms, SKIP_END=state_only and not want_last,
                     ADD=add_to is not None and join is None and not state_only, STORE_LAST=not state_only and splits == 1 and want_last,
-                    HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows, PRECISION=cut.precision,
+                    K=keys, V=width, BV=cut.values, BT=cut.rows, PRECISION=cut.precision,
                     num_warps=cut.warps, num_stages=cut.stages,
                 )  # fmt: skip
 
