@@ -64,14 +64,12 @@ def gate_gradient(
     row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
     time = start + group * ROWS + tl.arange(0, ROWS)
     at = (row * tl.num_programs(1) + head) * num_keys + time
-    first = tl.load(across + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + head)
+    first = 0.0
     passed = tl.zeros([ROWS], tl.float32)
     before = (time > start + group * ROWS) & (time <= end)
     for term in tl.static_range(TERMS):
-        if term > 0:
-            first += tl.load(
-                across + (term * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * tl.num_programs(1) + head
-            )
+        place = (term * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        first += tl.load(across + place * tl.num_programs(1) + head)
         passed += tl.load(rows_k + at - 1 + term * num_rows, mask=before, other=0.0)
         passed -= tl.load(rows_q + at - 1 + term * num_rows, mask=before, other=0.0)
     tl.store(out + at, first + tl.cumsum(passed, 0), mask=time < end)
@@ -300,7 +298,7 @@ def recurrence(
                 of_past = (1.0 - of_near) / tl.where(total == 0, 1.0, total)
                 result *= of_past[None, :]
             elif NORMALIZE:
-                result = result / tl.where(total == 0, 1.0, total)[None, :]
+                result *= (1.0 / tl.where(total == 0, 1.0, total))[None, :]
                 if value_block == 0:
                     tl.store(mass + at_mass + time, total, mask=ok)
             else:

@@ -173,7 +173,7 @@ def window_forward(
                 values = tl.load(sink_v + (at + sink)[:, None] * V + columns[None, :])
                 far = _sinks_far(block, index, sink, SINKS, WINDOW, TERRACE, BT)
                 y, total, top = _absorb(x, keys, values, far, scale, log_g, y, total, top, PRECISION)
-        y = y / tl.where(total == 0, 1.0, total)[:, None]
+        y *= (1.0 / tl.where(total == 0, 1.0, total))[:, None]
         out += row * out_batch + head.to(tl.int64) * out_head
         at_out = rows.to(tl.int64)[:, None] * out_time + columns[None, :]
         tl.store(out + at_out, y.to(out.dtype.element_ty), mask=ok[:, None])
