@@ -50,11 +50,17 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output, the denominators (B, H, T), and the state (N, H, V, F) and its sum (N, H, F) at the end."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    sums: Tensor | None = None
     if map_q is not None and map_k is not None:
-        q, k = map_features(q, map_q), map_features(k, map_k)
+        q, _ = map_features(q, map_q)
+        k, sums = map_features(k, map_k, rows_a_sum=Blocks.recurrence(v.dtype, q.shape[-1], v.shape[-1]).rows)
+    if not normalize or log_gate is not None or bounds is not None:
+        sums = None
     call = _prepare(q, v, log_gate, bounds)
     first = None if state is None or state_sum is None else (state, state_sum)
-    out, mass, last, last_sum = call.run(q, k, v, scale=scale, normalize=normalize, first=first, want_last=want_last)
+    out, mass, last, last_sum = call.run(
+        q, k, v, scale=scale, normalize=normalize, first=first, key_sums=sums, want_last=want_last
+    )
     return out, torch.empty(0, device=q.device) if mass is None else mass, last, last_sum
 
 
@@ -101,7 +107,7 @@ def _backward(
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     x, y = q, k
     if map_q is not None and map_k is not None:
-        q, k = map_features(q, map_q), map_features(k, map_k)
+        (q, _), (k, _) = map_features(q, map_q), map_features(k, map_k)
     call = _prepare(q, v, log_gate, bounds)
     d_out = rows_contiguous(d_out.to(v.dtype))
     shape = (call.batch, call.heads, call.rows)
@@ -151,7 +157,8 @@ def _backward(
         with on_device_of(q):
             gate_gradient[(call.sequences * call.num_kept, call.heads)](
                 rows_q, rows_k, across, q if bounds is None else bounds, d_gate, d_gate.numel(), call.rows,
-                call.num_kept, TERMS=num_terms, HAS_BOUNDS=bounds is not None, ROWS=KEEP_EVERY.value * call.rows_a_block,
+                call.num_kept, TERMS=num_terms, HAS_BOUNDS=bounds is not None, CARRY=last is not None,
+                ROWS=KEEP_EVERY.value * call.rows_a_block,
                 num_warps=4,
             )  # fmt: skip
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)

@@ -100,39 +100,38 @@ def _forward(
     """Return the output and the log of the denominators (B, H, T)."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     batch, heads, length = q.shape[:3]
-    fp32: Any = {"dtype": torch.float32, "device": q.device}
     before = k.shape[2] - length
     out = empty_heads((batch, heads, length, v.shape[-1]), v.dtype, v.device, fill=bounds is not None)
-    log_mass = torch.zeros(batch, heads, length, **fp32)
+    log_mass = torch.zeros(batch, heads, length, dtype=torch.float32, device=q.device)
+    mass: Tensor | None = log_mass
+    shift, past = 0, v
     has_past = linear_weight > 0 and (state is not None or length > window - before)
-    flags = _flags(q, v, bounds, window, terrace, num_sinks)
-    sequences = batch if bounds is None else bounds.shape[0]
-    num_blocks, (map_heads, _, half) = triton.cdiv(k.shape[2], flags["BT"]), map_k.shape
-    phi_q, phi_k, key_sums, near_mass = q, k, log_mass, log_mass
-    if has_past:
-        phi_q, phi_k = (x.new_empty(batch, n, x.shape[2], 2 * half) for x, n in ((q, heads), (k, map_heads)))
-        key_sums = torch.empty(sequences, num_blocks, map_heads, 2 * half, **fp32)
-        near_mass = torch.empty_like(log_mass)
-    with on_device_of(q):
-        window_forward[(num_blocks, heads, sequences)](
-            q, k, v, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
-            q if sink_v is None else sink_v, map_q, map_k, q if bounds is None else bounds, out, log_mass, near_mass,
-            phi_q, phi_k, key_sums, *_strides(q, k, v, out), heads, heads // k.shape[1], heads // map_heads, scale,
-            before, length, k.shape[2], HAS_WINDOW=window_weight > 0, HAS_PAST=has_past, HAS_META=meta is not None,
-            HALF=half, **flags,
-        )  # fmt: skip
     if has_past:
         shift = window - before if state is None else 0
-        rows = max(length - (window - before), 0)
         call = _past(q, bounds, window, terrace, shift)
-        keys, values = phi_k[:, :, :rows], v[:, :, :rows]
-        first, sums = None, None if terrace and window != flags["BT"] else key_sums  # the recurrence's blocks are terraces
+        rows = max(length - (window - before), 0)
+        phi_q, _ = map_features(q[:, :, shift:], map_q)
+        block = Blocks.recurrence(v.dtype, phi_q.shape[-1], v.shape[-1]).rows if not terrace else window
+        phi_k, sums = map_features(k[:, :, :rows], map_k, num_sinks if bounds is None else 0, block)
+        values, first, key_sums = v[:, :, :rows], None, sums
+        if bounds is not None:
+            phi_k, key_sums = _without_sinks(phi_k, call.bounds, num_sinks), None
         if state is not None and state_sum is not None:  # keys before the first one in the window are in it already
-            pad, first, sums = (0, 0, length - rows, 0), (state, state_sum), None
-            keys, values = F.pad(keys, pad), F.pad(values, pad)
-        call.run(
-            phi_q[:, :, shift:], keys, values, scale=linear_weight, normalize=True, first=first, key_sums=sums,
-            join=(near_mass[:, :, shift:], log_mass[:, :, shift:]), add_to=out[:, :, shift:], want_last=False,
+            pad, first = (0, 0, length - rows, 0), (state, state_sum)
+            phi_k, values, key_sums = F.pad(phi_k, pad), F.pad(values, pad), None
+        past, mass, *_ = call.run(
+            phi_q, phi_k, values, normalize=True, first=first, key_sums=key_sums, want_last=False
+        )
+    assert mass is not None
+    flags = _flags(q, v, bounds, window, terrace, num_sinks)
+    sequences = batch if bounds is None else bounds.shape[0]
+    with on_device_of(q):
+        window_forward[(triton.cdiv(k.shape[2], flags["BT"]), heads, sequences)](
+            q, k, v, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
+            q if sink_v is None else sink_v, past, mass, q if bounds is None else bounds, out, log_mass,
+            *_strides(q, k, v, past, out), heads, heads // k.shape[1], scale,
+            math.log(linear_weight) if linear_weight > 0 else 0.0, before, length, k.shape[2], shift, past.shape[2],
+            HAS_WINDOW=window_weight > 0, HAS_PAST=has_past, HAS_META=meta is not None, **flags,
         )  # fmt: skip
     return out, log_mass
 
@@ -202,8 +201,8 @@ def _past_backward(
     queries, keys, values = q[:, :, window:], k[:, :, :rows], v[:, :, :rows]
     share = (math.log(linear_weight) - log_mass).clamp(max=60.0).exp()
     extra = -share * inner
-    phi_q = map_features(queries, map_q)
-    phi_k = _without_sinks(map_features(keys, map_k), call.bounds, num_sinks)
+    phi_q, phi_k = map_features(queries, map_q)[0], map_features(keys, map_k)[0]
+    phi_k = _without_sinks(phi_k, call.bounds, num_sinks)
     d_phi_q, *_ = call.run(d_out, values, phi_k, weight=("x", share), extra=("x", extra), like=phi_q, want_last=False)
     d_phi_k, *_ = call.run(
         values, d_out, phi_q, reverse=True, weight=("y", share), extra=("y", extra), like=phi_k, want_last=False
@@ -381,7 +380,7 @@ def _state(
     if bounds is not None:
         end = bounds[:, 2].clamp(max=rows)
         bounds = torch.stack([bounds[:, 0], torch.minimum(bounds[:, 1], end), end], 1).contiguous()
-    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), bounds, num_sinks)
+    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k)[0], bounds, num_sinks)
     call = Recurrence(len(k), len(map_k), rows, bounds=bounds)
     first = None if state is None or state_sum is None else (state, state_sum)
     _, _, last, last_sum = call.run(phi_k, phi_k, v[:, :, :rows], normalize=True, first=first, want_out=False)

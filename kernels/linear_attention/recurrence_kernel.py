@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 
-KEEP_EVERY = tl.constexpr(8)  # blocks a state that is kept for the gate's gradient
+KEEP_EVERY = tl.constexpr(4)  # blocks a state that is kept for the gate's gradient
 
 
 @triton.jit
@@ -50,29 +50,39 @@ def gate_gradient(
     num_groups,
     TERMS: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
+    CARRY: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """dlog_gate_t = Σ_{i≥t, j<t} A_ij dA_ij, for the ROWS tokens between two states that are kept.
 
-    `across` (terms, N, groups, H) is that sum for the first of them; each token that t passes takes its own pairs with
-    queries' sums `rows_q` (terms, B, H, T), q·dq, out and brings those of `rows_k`, k·dk, in. No sum is longer than
-    a group, so rounding does not build up with T.
+    `across` (terms, N, groups, H) is that sum for the first of them. A token that t passes takes its sum `rows_q`
+    (terms, B, H, T), q·dq, out and brings `rows_k`, k·dk, in. What rounding leaves of it at the next state, or at the
+    end of a sequence (but with CARRY, where later keys may follow), is spread over the tokens: it would grow with them.
     """
     head = tl.program_id(1)
+    heads = tl.num_programs(1)
     sequence = tl.program_id(0) // num_groups
     group = tl.program_id(0) % num_groups
     row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
-    time = start + group * ROWS + tl.arange(0, ROWS)
-    at = (row * tl.num_programs(1) + head) * num_keys + time
-    first = 0.0
+    index = tl.arange(0, ROWS)
+    begin = start + group * ROWS
+    ok = begin + index < end
+    follows = begin + ROWS < end
+    at = (row * heads + head) * num_keys + begin + index
+    here = 0.0
+    there = 0.0
     passed = tl.zeros([ROWS], tl.float32)
-    before = (time > start + group * ROWS) & (time <= end)
     for term in tl.static_range(TERMS):
-        place = (term * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-        first += tl.load(across + place * tl.num_programs(1) + head)
-        passed += tl.load(rows_k + at - 1 + term * num_rows, mask=before, other=0.0)
-        passed -= tl.load(rows_q + at - 1 + term * num_rows, mask=before, other=0.0)
-    tl.store(out + at, first + tl.cumsum(passed, 0), mask=time < end)
+        place = (term * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * heads + head
+        here += tl.load(across + place)
+        there += tl.load(across + place + heads, mask=follows, other=0.0)
+        passed += tl.load(rows_k + at + term * num_rows, mask=ok, other=0.0)
+        passed -= tl.load(rows_q + at + term * num_rows, mask=ok, other=0.0)
+    left = there - here - tl.sum(passed, 0)
+    if CARRY:
+        left = tl.where(follows, left, 0.0)
+    each = left / tl.minimum(end - begin, ROWS).to(tl.float32)
+    tl.store(out + at, here + tl.cumsum(passed, 0) - passed + each * index, mask=ok)
 
 
 @triton.jit
@@ -84,7 +94,6 @@ def recurrence(
     row_weight,
     extra,
     companion,
-    near_mass,
     key_sums,
     bounds,
     states,
@@ -121,7 +130,6 @@ def recurrence(
     scale,
     num_rows,
     num_keys,
-    mass_rows,
     num_splits,
     split_blocks,
     sum_blocks,
@@ -134,7 +142,6 @@ def recurrence(
     TERRACE: tl.constexpr,
     STATE_ONLY: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    JOIN: tl.constexpr,
     SUMS_GIVEN: tl.constexpr,
     WEIGHTED: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -142,22 +149,20 @@ def recurrence(
     ADD: tl.constexpr,
     STORE_LAST: tl.constexpr,
     SKIP_END: tl.constexpr,
-    K: tl.constexpr,
+    HALF: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One split of one head, BV columns of z. Shapes in recurrence_ops.py; x and y have K features, z V columns.
+    """One split of one head, BV columns of z. Shapes in recurrence_ops.py; x and y have 2·HALF features, z V columns.
 
     Options:
         TERRACE: queries do not see keys of their own block.
         SKIP_END: the last split adds nothing: nobody asks for the state after it.
         STATE_ONLY: no outputs, only what the split adds to the state (`states`, `sums`).
-        NORMALIZE: divide by `mass`, the same sum with z = 1, and store it; its rows are `mass_rows` a head.
-        JOIN: `out` holds the mean of other values, under weights that add up to exp(`near_mass`). These, `scale` times,
-            join it, and `mass` is the log of all weights.
-        SUMS_GIVEN: `key_sums` (N, sum_blocks, Y, K) holds each block's sum of y.
+        NORMALIZE: divide by `mass`, the same sum with z = 1, and store it.
+        SUMS_GIVEN: `key_sums` (Y's batch, Y, sum_blocks, 2·HALF) holds the sum of each block of y.
         WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
         EXTRA: `extra` e (B, H, T) adds to the products: e_i z_j for queries ("x"), e_j z_j for keys ("y").
         ADD: `out` holds another gradient, to which this one is added.
@@ -171,7 +176,6 @@ def recurrence(
     split = number % num_splits
     row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
     rows = (row * heads + head) * num_keys
-    at_mass = (row * heads + head) * mass_rows
     y += row * y_batch + (head // y_group).to(tl.int64) * y_head
     z += row * z_batch + (head // z_group).to(tl.int64) * z_head + value_block * BV
     x += row * x_batch + (head // x_group).to(tl.int64) * x_head
@@ -184,23 +188,26 @@ def recurrence(
     if SKIP_END:
         count = tl.where(split == (0 if REVERSE else num_splits - 1), 0, count)
     columns = tl.arange(0, BV)
-    wide = tl.arange(0, K)
-    at_state = ((number.to(tl.int64) * heads + head) * V + value_block * BV) * K
-    cells = columns[:, None] * K + wide[None, :]
+    at_state = ((number.to(tl.int64) * heads + head) * V + value_block * BV) * (2 * HALF)
+    cells = columns[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     at_sum = (number.to(tl.int64) * heads + head) * V + value_block * BV + columns
-    at_key_sum = (number.to(tl.int64) * heads + head) * K + wide
+    at_key_sum = (number.to(tl.int64) * heads + head) * (2 * HALF) + tl.arange(0, HALF)
     if HAS_STATE:
-        state = tl.load(states + at_state + cells)
+        state0 = tl.load(states + at_state + cells)
+        state1 = tl.load(states + at_state + cells + HALF)
     else:
-        state = tl.zeros([BV, K], tl.float32)
+        state0 = tl.zeros([BV, HALF], tl.float32)
+        state1 = tl.zeros([BV, HALF], tl.float32)
     # what divides: the same state for z = 1. What extras need: the same state for x = y = 1, here
     # a (16, ·) matrix whose rows add up: products with it run on the tensor cores.
     lane = tl.arange(0, 16)[:, None]
     if NORMALIZE:
         if HAS_STATE:
-            key_sum = tl.load(sums + at_key_sum)
+            sum0 = tl.load(sums + at_key_sum)
+            sum1 = tl.load(sums + at_key_sum + HALF)
         else:
-            key_sum = tl.zeros([K], tl.float32)
+            sum0 = tl.zeros([HALF], tl.float32)
+            sum1 = tl.zeros([HALF], tl.float32)
     if EXTRA != "":
         value_sum = tl.zeros([16, BV], tl.float32)
         if HAS_STATE:
@@ -213,10 +220,12 @@ def recurrence(
         time = begin + index
         ok = time < end
         if MASKED:
-            keys = load_block(y, time, y_time, ok, K)
+            y0 = load_block(y, time, y_time, ok, HALF)
+            y1 = load_block(y + HALF, time, y_time, ok, HALF)
             values = load_block(z, time, z_time, ok, BV)
         else:
-            keys = tl.load(y + time[:, None] * y_time + wide[None, :])
+            y0 = tl.load(y + time[:, None] * y_time + tl.arange(0, HALF)[None, :])
+            y1 = tl.load(y + HALF + time[:, None] * y_time + tl.arange(0, HALF)[None, :])
             values = tl.load(z + time[:, None] * z_time + columns[None, :])
         if HAS_GATE:
             decay = tl.load(through + rows + time, mask=ok, other=0.0)
@@ -230,19 +239,18 @@ def recurrence(
         if EXTRA != "":
             added = tl.load(extra + rows + time, mask=ok, other=0.0)
         if SUMS_GIVEN:
-            at = (sequence.to(tl.int64) * sum_blocks + block) * (heads // y_group) + head // y_group
-            block_sum = tl.load(key_sums + at * K + wide)
+            at = (row * (heads // y_group) + head // y_group) * sum_blocks + block
+            block_sum0 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF))
+            block_sum1 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF) + HALF)
         if not STATE_ONLY:
             if MASKED:
-                queries = load_block(x, time, x_time, ok, K)
+                x0 = load_block(x, time, x_time, ok, HALF)
+                x1 = load_block(x + HALF, time, x_time, ok, HALF)
             else:
-                queries = tl.load(x + time[:, None] * x_time + wide[None, :])
-            block_out = out + time[:, None] * out_time + columns[None, :]
+                x0 = tl.load(x + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
+                x1 = tl.load(x + HALF + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
             if GATE_TERMS != "":  # this early, it is there when it is needed
                 beside = load_block(companion, time, c_time, ok, BV)
-            if JOIN:
-                means = tl.load(block_out, mask=ok[:, None], other=0.0)
-                log_near = tl.load(near_mass + at_mass + time, mask=ok, other=0.0)
             if REVERSE:
                 seen = index[:, None] >= index[None, :]
             else:
@@ -252,7 +260,7 @@ def recurrence(
             if TERRACE:
                 seen = seen & (index[:, None] < 0)
             # keys x queries
-            products = dot(keys, tl.trans(queries), PRECISION)
+            products = tl.dot(y1, tl.trans(x1), dot(y0, tl.trans(x0), PRECISION), input_precision=PRECISION)
             a = products
             if WEIGHTED == "x":
                 a *= weight[None, :]
@@ -271,7 +279,8 @@ def recurrence(
                 a *= between
             else:
                 a = tl.where(seen, a, 0.0)
-            result = dot(state.to(queries.dtype), tl.trans(queries), PRECISION)
+            result = dot(state0.to(x0.dtype), tl.trans(x0), PRECISION)
+            result = tl.dot(state1.to(x0.dtype), tl.trans(x1), result, input_precision=PRECISION)
             if WEIGHTED == "x":
                 result *= weight[None, :]
             if EXTRA == "x":
@@ -282,43 +291,32 @@ def recurrence(
                 result *= of_queries[None, :]
             result = tl.dot(tl.trans(values), a.to(values.dtype), result, input_precision=PRECISION)
             if NORMALIZE:
-                total = dot(as_rows(key_sum, queries.dtype, BT), tl.trans(queries), PRECISION)
+                total = dot(as_rows(sum0, x0.dtype, BT), tl.trans(x0), PRECISION)
+                total = tl.dot(as_rows(sum1, x0.dtype, BT), tl.trans(x1), total, input_precision=PRECISION)
                 if HAS_GATE:
                     total *= of_queries[None, :]
                 total = tl.sum(total + a, 0)
-            if JOIN:
-                log_past = tl.where(total > 0, tl.log(tl.maximum(total * scale, 1e-37)), -1e30)
-                top = tl.maximum(log_near, log_past)
-                of_near = tl.exp(log_near - top)
-                of_past = tl.where(total > 0, tl.exp(log_past - top), 0.0)
-                if value_block == 0:
-                    log_total = tl.where(top > -1e29, top + tl.log(of_near + of_past), 0.0)
-                    tl.store(mass + at_mass + time, log_total, mask=ok)
-                of_near /= of_near + of_past
-                of_past = (1.0 - of_near) / tl.where(total == 0, 1.0, total)
-                result *= of_past[None, :]
-            elif NORMALIZE:
+            if NORMALIZE:
                 result *= (1.0 / tl.where(total == 0, 1.0, total))[None, :]
                 if value_block == 0:
-                    tl.store(mass + at_mass + time, total, mask=ok)
+                    tl.store(mass + rows + time, total, mask=ok)
             else:
                 result *= scale
-            rows_out = tl.trans(result)
+            block_out = out + time[:, None] * out_time + columns[None, :]
             if GATE_TERMS != "":
-                tl.store(row_products + terms + time, tl.sum(rows_out * beside.to(tl.float32), 1), mask=ok)
-            if JOIN:
-                rows_out += means.to(tl.float32) * of_near[:, None]
+                tl.store(row_products + terms + time, tl.sum(tl.trans(result) * beside.to(tl.float32), 1), mask=ok)
             if ADD:
-                rows_out += tl.load(block_out, mask=ok[:, None], other=0.0).to(tl.float32)
+                result += tl.trans(tl.load(block_out, mask=ok[:, None], other=0.0)).to(tl.float32)
             if MASKED:
-                tl.store(block_out, rows_out.to(out.dtype.element_ty), mask=ok[:, None])
+                tl.store(block_out, tl.trans(result).to(out.dtype.element_ty), mask=ok[:, None])
             else:
-                tl.store(block_out, rows_out.to(out.dtype.element_ty))
+                tl.store(block_out, tl.trans(result).to(out.dtype.element_ty))
             if GATE_TERMS == "q":
                 if block % KEEP_EVERY == 0:
                     kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
-                    at = block_states + (kept * V + value_block * BV) * K + cells
-                    tl.store(at, state.to(block_states.dtype.element_ty))
+                    at = block_states + (kept * V + value_block * BV) * (2 * HALF) + cells
+                    tl.store(at, state0.to(block_states.dtype.element_ty))
+                    tl.store(at + HALF, state1.to(block_states.dtype.element_ty))
                     if EXTRA != "":
                         tl.store(block_sums + kept * V + value_block * BV + columns, tl.sum(value_sum, 0))
         if NORMALIZE or EXTRA != "":
@@ -326,30 +324,35 @@ def recurrence(
             if HAS_GATE:
                 counted *= of_keys
             if EXTRA != "":
-                counts = as_rows(counted, keys.dtype, 16)
+                counts = as_rows(counted, y0.dtype, 16)
                 if HAS_GATE:
                     value_sum *= tl.exp2(whole)
                 value_sum = tl.dot(counts, values, value_sum, input_precision=PRECISION)
             if SUMS_GIVEN:
-                key_sum += block_sum
+                sum0 += block_sum0
+                sum1 += block_sum1
             elif NORMALIZE:
                 if HAS_GATE:
-                    key_sum *= tl.exp2(whole)
-                counts = as_rows(counted, keys.dtype, BT)
-                key_sum += tl.sum(dot(counts, keys, PRECISION), 0)
+                    sum0 *= tl.exp2(whole)
+                    sum1 *= tl.exp2(whole)
+                counts = as_rows(counted, y0.dtype, BT)
+                sum0 += tl.sum(dot(counts, y0, PRECISION), 0)
+                sum1 += tl.sum(dot(counts, y1, PRECISION), 0)
         if HAS_GATE:
-            state *= tl.exp2(whole)
+            state0 *= tl.exp2(whole)
+            state1 *= tl.exp2(whole)
             if WEIGHTED == "y":
                 of_keys *= weight
-            values = (values.to(tl.float32) * of_keys[:, None]).to(keys.dtype)
+            values = (values.to(tl.float32) * of_keys[:, None]).to(y0.dtype)
         elif WEIGHTED == "y":
-            values = (values.to(tl.float32) * weight[:, None]).to(keys.dtype)
-        state = tl.dot(tl.trans(values), keys, state, input_precision=PRECISION)
+            values = (values.to(tl.float32) * weight[:, None]).to(y0.dtype)
+        state0 = tl.dot(tl.trans(values), y0, state0, input_precision=PRECISION)
+        state1 = tl.dot(tl.trans(values), y1, state1, input_precision=PRECISION)
         if GATE_TERMS == "k":
             if block % KEEP_EVERY == 0:
                 kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
-                at = block_states + (kept * V + value_block * BV) * K + cells
-                over = tl.sum(tl.load(at).to(tl.float32) * state)
+                at = block_states + (kept * V + value_block * BV) * (2 * HALF) + cells
+                over = tl.sum(tl.load(at).to(tl.float32) * state0 + tl.load(at + HALF).to(tl.float32) * state1)
                 if EXTRA != "":
                     kept_sum = tl.load(block_sums + kept * V + value_block * BV + columns)
                     over += tl.sum(kept_sum * tl.sum(value_sum, 0))
@@ -363,9 +366,11 @@ def recurrence(
             if value_block == 0:
                 tl.store(decays + number.to(tl.int64) * heads + head, over_split)
     if STATE_ONLY or STORE_LAST:
-        tl.store(last_state + at_state + cells, state)
+        tl.store(last_state + at_state + cells, state0)
+        tl.store(last_state + at_state + cells + HALF, state1)
         if NORMALIZE:
             if value_block == 0:
-                tl.store(last_sum + at_key_sum, key_sum)
+                tl.store(last_sum + at_key_sum, sum0)
+                tl.store(last_sum + at_key_sum + HALF, sum1)
         if EXTRA != "":
             tl.store(last_sum + at_sum, tl.sum(value_sum, 0))

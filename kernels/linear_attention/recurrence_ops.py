@@ -79,12 +79,11 @@ class Recurrence:
         first: tuple[Tensor, Tensor] | None = None,
         like: Tensor | None = None,
         add_to: Tensor | None = None,
-        join: tuple[Tensor, Tensor] | None = None,
-        key_sums: Tensor | None = None,
         want_last: bool = True,
         want_out: bool = True,
         gate_terms: str = "",
         companion: Tensor | None = None,
+        key_sums: Tensor | None = None,
         parts: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """One recurrence (see recurrence_kernel.py) through all its splits.
@@ -98,12 +97,11 @@ class Recurrence:
             like: what the output is the gradient of. It is laid out like that, unless heads share it: then it is fp32
                 and contiguous, to be added up.
             add_to: a gradient of `like`, to which the output is added in place unless heads share it.
-            join: views of what the kernel's JOIN reads and writes, the logs of masses (B, H, T) of a contiguous tensor's
-                last rows; the output joins `add_to` in place.
-            key_sums: each block's sum of y (N, blocks, Y, K), if it is known and nothing decays.
             want_last: whether the state after the last block is used.
             want_out: whether anything else is.
             gate_terms: "q" or "k"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
+            key_sums: each block's sum of y, (B, Y, blocks, K) fp32, if it is known; rows are sequences then, and nothing
+                decays.
 
         Returns:
             (B, H, T, V), the mass (B, H, T) if normalized, and the state and its sums after the last block.
@@ -116,18 +114,13 @@ class Recurrence:
         fp32: Any = {"dtype": torch.float32, "device": x.device}
         shape = (self.batch, self.heads, self.rows, width)
         fill = self.bounds is not None
-        if join is not None:
-            assert add_to is not None
-            out = add_to
-        elif like is None:
+        if like is None:
             out = empty_heads(shape, z.dtype, x.device, fill=fill)
         elif like.shape[1] != self.heads:
             out, add_to = (torch.zeros if fill else torch.empty)(shape, **fp32), None
         else:
             out = gradient_like(like, fill) if add_to is None else add_to
-        mass = None
-        if normalize:
-            mass = torch.empty(self.batch, self.heads, self.rows, **fp32) if join is None else join[1]
+        mass = torch.empty(self.batch, self.heads, self.rows, **fp32) if normalize else None
         unused, other = torch.empty(1, **fp32), z if companion is None else companion
         parts = parts or {}
         sum_width = width if extra is not None else keys
@@ -142,22 +135,21 @@ class Recurrence:
                 recurrence[(width // cut.values, self.heads, self.sequences * splits)](
                     x, y, z, unused if self.through is None else self.through, unused if weight is None else weight[1],
                     unused if extra is None else extra[1], other,
-                    unused if join is None else join[0], unused if key_sums is None else key_sums,
+                    unused if key_sums is None else key_sums,
                     unused if self.bounds is None else self.bounds, states, sums, out, unused if mass is None else mass,
                     *(parts.get(name, unused) for name in PARTS), decays, *to,
                     *(stride for t in (x, y, z, other, out) for stride in t.stride()[:3]),
                     self.heads, *(self.heads // t.shape[1] for t in (x, y, z, other)), scale,
-                    self.batch * self.heads * self.rows, self.rows,
-                    0 if mass is None else mass.stride(1), splits, split_blocks,
-                    0 if key_sums is None else key_sums.shape[1], self.num_kept if gate_terms else 0,
+                    self.batch * self.heads * self.rows, self.rows, splits, split_blocks,
+                    0 if key_sums is None else key_sums.shape[2], self.num_kept if gate_terms else 0,
                     REVERSE=reverse, MASKED=self.bounds is not None or self.rows % cut.rows != 0,
                     HAS_BOUNDS=self.bounds is not None, HAS_GATE=self.through is not None, HAS_STATE=start,
                     TERRACE=self.terrace, STATE_ONLY=state_only, NORMALIZE=normalize,
-                    JOIN=join is not None and not state_only, SUMS_GIVEN=key_sums is not None,
+                    SUMS_GIVEN=key_sums is not None,
                     WEIGHTED="" if weight is None else weight[0], EXTRA="" if extra is None else extra[0],
                     GATE_TERMS="" if state_only else gate_terms, SKIP_END=state_only and not want_last,
-                    ADD=add_to is not None and join is None and not state_only, STORE_LAST=not state_only and splits == 1 and want_last,
-                    K=keys, V=width, BV=cut.values, BT=cut.rows, PRECISION=cut.precision,
+                    ADD=add_to is not None and not state_only, STORE_LAST=not state_only and splits == 1 and want_last,
+                    HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows, PRECISION=cut.precision,
                     num_warps=cut.warps, num_stages=cut.stages,
                 )  # fmt: skip
 
@@ -189,17 +181,24 @@ def cumulated(log_gate: Tensor, bounds: Tensor | None, rows_a_block: int) -> Ten
     return out
 
 
-def map_features(x: Tensor, maps: Tensor) -> Tensor:
-    """φ(x), (B, M, T, F), of x (B, X, T, D) with maps (M, D, F/2)."""
+def map_features(x: Tensor, maps: Tensor, num_zero: int = 0, rows_a_sum: int | None = None) -> tuple[Tensor, Tensor]:
+    """φ(x), (B, M, T, F), of x (B, X, T, D) with maps (M, D, F/2), zero in the first `num_zero` rows.
+
+    The second are sums of `rows_a_sum` rows each, (B, M, blocks, F) fp32; without it there is nothing to be read.
+    """
     (batch, _, rows, dim), heads = x.shape, len(maps)
     out = torch.empty(batch, heads, rows, 2 * maps.shape[-1], dtype=x.dtype, device=x.device)
     x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    block = FEATURE_ROWS if rows_a_sum is None else rows_a_sum
+    blocks = triton.cdiv(rows, block)
+    sums = torch.empty(batch, heads, blocks, out.shape[-1], dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        map_forward[(triton.cdiv(rows, FEATURE_ROWS), heads, batch)](
-            x, maps, out, *x.stride()[:3], rows, DIM=dim, HALF=maps.shape[-1], BT=FEATURE_ROWS,
+        map_forward[(blocks, heads, batch)](
+            x, maps, out, sums, *x.stride()[:3], rows, num_zero, HAS_SUMS=rows_a_sum is not None,
+            DIM=dim, HALF=maps.shape[-1], BT=block,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
-    return out
+    return out, sums
 
 
 def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None = None) -> tuple[Tensor, Tensor]:

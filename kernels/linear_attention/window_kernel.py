@@ -1,13 +1,13 @@
-"""Triton kernels of hybrid attention's window, which also make the features of its linear past.
+"""Triton kernels of hybrid attention's window, joined with its linear past under one denominator.
 
 The past of query i are keys that are at least a window behind it, so its share is plain linear attention between q_i
-and k_{i - window_size}: recurrence_kernel.py computes it from the features, and joins it with the softmax over the
-window. Letters and the equation: reference.py.
+and k_{i - window_size}: recurrence_kernel.py computes it (each query's mean of values, and its mass), and the window
+kernel adds it up with the softmax over the window. Letters and the equation: reference.py.
 """
 
 from __future__ import annotations
 
-from kit.kernels.linear_attention.blocks import dot, load_block, load_map, sequence_of, softmax_pair
+from kit.kernels.linear_attention.blocks import dot, load_block, sequence_of
 
 try:
     import triton
@@ -64,15 +64,11 @@ def window_forward(
     meta,
     sink_k,
     sink_v,
-    map_q,
-    map_k,
+    past,
+    past_mass,
     bounds,
     out,
     log_mass,
-    near_mass,
-    phi_q,
-    phi_k,
-    key_sums,
     q_batch,
     q_head,
     q_time,
@@ -82,16 +78,21 @@ def window_forward(
     v_batch,
     v_head,
     v_time,
+    p_batch,
+    p_head,
+    p_time,
     out_batch,
     out_head,
     out_time,
     heads,
     group,
-    map_group,
     scale,
+    log_linear,
     num_before,
     num_queries,
     num_keys,
+    past_shift,
+    past_rows,
     HAS_BOUNDS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_PAST: tl.constexpr,
@@ -101,17 +102,15 @@ def window_forward(
     TERRACE: tl.constexpr,
     LAG: tl.constexpr,
     DIM: tl.constexpr,
-    HALF: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of queries: the window's y and the log of its denominator, and what the past is computed from.
+    """One block of queries: y, and the log of its denominator.
 
-    Shapes as in hybrid_ops.py. `num_before` keys come before the first query. LAG is how many blocks back a key in the
-    window can lie. With HAS_PAST also features of the block's queries and keys, `phi_q` (B, H, T, 2·HALF) and `phi_k`
-    (B, L, keys, 2·HALF), zero for sinks; their sum over the keys, `key_sums` (N, blocks, L, 2·HALF) fp32; and
-    `near_mass` (B, H, T), which is `log_mass`, but NOTHING where there is no window.
+    Shapes as in hybrid_ops.py. `past` (B, H, past_rows, V) and `past_mass` (B, H, past_rows) are the linear branch of
+    the queries from the sequence's `past_shift`-th on, in the row that lies so much before the query's. `num_before`
+    keys come before the first query. LAG is how many blocks back a key in the window can lie.
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
@@ -128,28 +127,6 @@ def window_forward(
         v += row * v_batch + (head // group).to(tl.int64) * v_head + start * v_time
         x = load_block(q, rows, q_time, ok, DIM)
         columns = tl.arange(0, V)
-        half = tl.arange(0, HALF)
-        if HAS_PAST:
-            up, down = softmax_pair(dot(x, load_map(map_q, head, DIM, HALF), PRECISION))
-            at = phi_q + ((row * heads + head) * num_queries + rows)[:, None] * (2 * HALF) + half[None, :]
-            tl.store(at, up.to(phi_q.dtype.element_ty), mask=ok[:, None])
-            tl.store(at + HALF, down.to(phi_q.dtype.element_ty), mask=ok[:, None])
-            if head % map_group == 0:
-                map_head = head // map_group
-                map_heads = heads // map_group
-                inside = place < length
-                own = load_block(k, place, k_time, inside, DIM)
-                up_k, down_k = softmax_pair(dot(own, load_map(map_k, map_head, DIM, HALF), PRECISION))
-                counted = inside & (place >= SINKS)
-                first = tl.where(counted[:, None], up_k, 0.0).to(phi_k.dtype.element_ty)
-                second = tl.where(counted[:, None], down_k, 0.0).to(phi_k.dtype.element_ty)
-                key_rows = (row * map_heads + map_head) * num_keys + start + place
-                at_k = phi_k + key_rows[:, None] * (2 * HALF) + half[None, :]
-                tl.store(at_k, first, mask=inside[:, None])
-                tl.store(at_k + HALF, second, mask=inside[:, None])
-                at_sum = (tl.program_id(2).to(tl.int64) * tl.num_programs(0) + block) * map_heads + map_head
-                tl.store(key_sums + at_sum * (2 * HALF) + half, tl.sum(first.to(tl.float32), 0))
-                tl.store(key_sums + at_sum * (2 * HALF) + half + HALF, tl.sum(second.to(tl.float32), 0))
         y = tl.zeros([BT, V], tl.float32)
         # weights are in units of exp(top)
         if HAS_META:
@@ -173,15 +150,25 @@ def window_forward(
                 values = tl.load(sink_v + (at + sink)[:, None] * V + columns[None, :])
                 far = _sinks_far(block, index, sink, SINKS, WINDOW, TERRACE, BT)
                 y, total, top = _absorb(x, keys, values, far, scale, log_g, y, total, top, PRECISION)
-        y *= (1.0 / tl.where(total == 0, 1.0, total))[:, None]
+        if HAS_PAST:
+            has_past = ok & (place - num_before >= past_shift)
+            past_row = rows - past_shift
+            mass = tl.load(past_mass + (row * heads + head) * past_rows + past_row, mask=has_past, other=0.0)
+            past += row * p_batch + head.to(tl.int64) * p_head
+            means = load_block(past, past_row, p_time, has_past, V).to(tl.float32)
+            log_past = tl.where(mass > 0, log_linear + tl.log(tl.maximum(mass, 1e-37)), NOTHING)
+            higher = tl.maximum(top, log_past)
+            share = tl.where(mass > 0, tl.exp(log_past - higher), 0.0)
+            shrink = tl.exp(top - higher)
+            total = total * shrink + share
+            y = y * shrink[:, None] + means * share[:, None]
+            top = higher
+        y = y / tl.where(total == 0, 1.0, total)[:, None]
         out += row * out_batch + head.to(tl.int64) * out_head
         at_out = rows.to(tl.int64)[:, None] * out_time + columns[None, :]
         tl.store(out + at_out, y.to(out.dtype.element_ty), mask=ok[:, None])
-        log_total = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-37)), NOTHING)
-        at_mass = (row * heads + head) * num_queries + rows
-        tl.store(log_mass + at_mass, tl.where(total > 0, log_total, 0.0), mask=ok)
-        if HAS_PAST:
-            tl.store(near_mass + at_mass, log_total, mask=ok)
+        log_total = tl.where(total > 0, top + tl.log(tl.maximum(total, 1e-37)), 0.0)
+        tl.store(log_mass + (row * heads + head) * num_queries + rows, log_total, mask=ok)
 
 
 @triton.jit
