@@ -2,7 +2,8 @@
 
 The ring holds window_size + 1 keys: the key that leaves the window and the one that enters it have a slot each, so no
 program overwrites what another still reads. Sums have two copies for the same reason: a step reads one, and writes the
-other. Positions are read from device memory, so a CUDA graph of a step can be replayed.
+other. Positions are read from device memory, so a CUDA graph of a step can be replayed. On Hopper a step starts before
+the kernel before it has ended, and until then only asks for memory (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ ASK = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 @triton.jit
-def ask(pointer, stride, COUNT: tl.constexpr, BYTES: tl.constexpr):
-    """Have COUNT (a power of 2) rows of BYTES bytes, `stride` numbers apart, brought to the L2 cache; nothing is read."""
+def ask(pointer, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Have a (ROWS, WIDTH) matrix brought to the L2 cache. Nothing is read, so it may still be written."""
     LINE: tl.constexpr = 128 * 8 // pointer.dtype.element_ty.primitive_bitwidth
-    for line in tl.static_range((BYTES + 127) // 128):
-        at = pointer + tl.arange(0, COUNT).to(tl.int64) * stride + line * LINE
+    for line in tl.static_range((WIDTH + LINE - 1) // LINE):
+        at = pointer + tl.arange(0, ROWS).to(tl.int64) * stride + line * LINE
         tl.inline_asm_elementwise(ASK, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -78,7 +79,7 @@ def hybrid_step(
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
     STATE_PRECISION: tl.constexpr,
-    PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token of each sequence; a program has BV value columns of one state and of the QUERIES heads that read it.
 
@@ -93,7 +94,7 @@ def hybrid_step(
         states, sums: (B, L, 2·HALF, V) and (2, B, L, 2·HALF) fp32, updated.
         out: (B, H, V).
         KEYS: WINDOW + SINKS or more, a power of 2.
-        PLAIN: an interpreter runs it; else it is launched before the kernel before it has ended.
+        EARLY: it is launched before the kernel before it has ended, and asks for the state and the maps while it waits.
     """
     value_block = tl.program_id(0)
     map_head = tl.program_id(1)
@@ -110,13 +111,12 @@ def hybrid_step(
     ring_k += ring * DIM
     ring_v += ring * V
     states += state_head * (2 * HALF * V)
-    if not PLAIN:
-        NUMBER: tl.constexpr = ring_k.dtype.element_ty.primitive_bitwidth // 8
+    if EARLY:
         if HAS_LINEAR:
-            ask(states + value_block * BV, V, 2 * HALF, BV * 4)
-            ask(map_k + map_head.to(tl.int64) * DIM * HALF, HALF, DIM, HALF * NUMBER)
+            ask(states + value_block * BV, V, 2 * HALF, BV)
+            ask(map_k + map_head.to(tl.int64) * DIM * HALF, HALF, DIM, HALF)
             for number in tl.static_range(QUERIES):
-                ask(map_q + (map_head * QUERIES + number).to(tl.int64) * DIM * HALF, HALF, DIM, HALF * NUMBER)
+                ask(map_q + (map_head * QUERIES + number).to(tl.int64) * DIM * HALF, HALF, DIM, HALF)
         gdc_wait()
         gdc_launch_dependents()
     # Everything is read before anything is written, so that loads need not wait for stores, and what the position
@@ -175,7 +175,7 @@ def hybrid_step(
         k0, k1 = map_row(old_k, of_keys)
         k0 = tl.where(leaves, k0, 0.0)
         k1 = tl.where(leaves, k1, 0.0)
-        # queries meet the state as it was, and the key that enters it on its own: neither waits for the other
+        # Queries meet the state as it was, and the key that enters it on its own: neither waits for the other.
         if QUERIES == 1:
             row = tl.load(q + map_head * q_head + wide).to(tl.float32)
             q0, q1 = map_row(row, load_map(map_q, map_head, DIM, HALF))
