@@ -53,9 +53,10 @@ def _forward(
     sums: Tensor | None = None
     if map_q is not None and map_k is not None:
         q, _ = map_features(q, map_q)
-        k, sums = map_features(k, map_k, rows_a_sum=Blocks.recurrence(v.dtype, q.shape[-1], v.shape[-1]).rows)
-    if not normalize or log_gate is not None or bounds is not None:
-        sums = None
+        if normalize and log_gate is None and bounds is None:
+            k, sums = map_features(k, map_k, rows_a_sum=Blocks.recurrence(v.dtype, q.shape[-1], v.shape[-1]).rows)
+        else:
+            k, _ = map_features(k, map_k)
     call = _prepare(q, v, log_gate, bounds)
     first = None if state is None or state_sum is None else (state, state_sum)
     out, mass, last, last_sum = call.run(

@@ -111,17 +111,16 @@ def _forward(
         call = _past(q, bounds, window, terrace, shift)
         rows = max(length - (window - before), 0)
         phi_q, _ = map_features(q[:, :, shift:], map_q)
-        block = Blocks.recurrence(v.dtype, phi_q.shape[-1], v.shape[-1]).rows if not terrace else window
-        phi_k, sums = map_features(k[:, :, :rows], map_k, num_sinks if bounds is None else 0, block)
-        values, first, key_sums = v[:, :, :rows], None, sums
-        if bounds is not None:
-            phi_k, key_sums = _without_sinks(phi_k, call.bounds, num_sinks), None
+        values, first, key_sums = v[:, :, :rows], None, None
+        if bounds is None:
+            block = window if terrace else Blocks.recurrence(v.dtype, phi_q.shape[-1], v.shape[-1]).rows
+            phi_k, key_sums = map_features(k[:, :, :rows], map_k, num_sinks, block)
+        else:
+            phi_k = _without_sinks(map_features(k[:, :, :rows], map_k)[0], call.bounds, num_sinks)
         if state is not None and state_sum is not None:  # keys before the first one in the window are in it already
             pad, first = (0, 0, length - rows, 0), (state, state_sum)
             phi_k, values, key_sums = F.pad(phi_k, pad), F.pad(values, pad), None
-        past, mass, *_ = call.run(
-            phi_q, phi_k, values, normalize=True, first=first, key_sums=key_sums, want_last=False
-        )
+        past, mass, *_ = call.run(phi_q, phi_k, values, normalize=True, first=first, key_sums=key_sums, want_last=False)
     assert mass is not None
     flags = _flags(q, v, bounds, window, terrace, num_sinks)
     sequences = batch if bounds is None else bounds.shape[0]

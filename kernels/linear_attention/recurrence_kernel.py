@@ -249,8 +249,6 @@ def recurrence(
             else:
                 x0 = tl.load(x + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
                 x1 = tl.load(x + HALF + time[:, None] * x_time + tl.arange(0, HALF)[None, :])
-            if GATE_TERMS != "":  # this early, it is there when it is needed
-                beside = load_block(companion, time, c_time, ok, BV)
             if REVERSE:
                 seen = index[:, None] >= index[None, :]
             else:
@@ -303,7 +301,8 @@ def recurrence(
             else:
                 result *= scale
             block_out = out + time[:, None] * out_time + columns[None, :]
-            if GATE_TERMS != "":
+            if GATE_TERMS != "":  # loaded no earlier, as its registers are worth more than the wait
+                beside = load_block(companion, time, c_time, ok, BV)
                 tl.store(row_products + terms + time, tl.sum(tl.trans(result) * beside.to(tl.float32), 1), mask=ok)
             if ADD:
                 result += tl.trans(tl.load(block_out, mask=ok[:, None], other=0.0)).to(tl.float32)

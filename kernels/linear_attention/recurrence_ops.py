@@ -100,8 +100,7 @@ class Recurrence:
             want_last: whether the state after the last block is used.
             want_out: whether anything else is.
             gate_terms: "q" or "k"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
-            key_sums: each block's sum of y, (B, Y, blocks, K) fp32, if it is known; rows are sequences then, and nothing
-                decays.
+            key_sums: each block's sum of y, (B, Y, blocks, K) fp32, if it is known; without `bounds` and gates.
 
         Returns:
             (B, H, T, V), the mass (B, H, T) if normalized, and the state and its sums after the last block.
@@ -182,9 +181,10 @@ def cumulated(log_gate: Tensor, bounds: Tensor | None, rows_a_block: int) -> Ten
 
 
 def map_features(x: Tensor, maps: Tensor, num_zero: int = 0, rows_a_sum: int | None = None) -> tuple[Tensor, Tensor]:
-    """φ(x), (B, M, T, F), of x (B, X, T, D) with maps (M, D, F/2), zero in the first `num_zero` rows.
+    """φ(x), (B, M, T, F), of x (B, X, T, D) with maps (M, D, F/2).
 
-    The second are sums of `rows_a_sum` rows each, (B, M, blocks, F) fp32; without it there is nothing to be read.
+    With `rows_a_sum` it is zero in the first `num_zero` rows, and the second are its sums over so many rows each,
+    (B, M, blocks, F) fp32; else nobody has written that.
     """
     (batch, _, rows, dim), heads = x.shape, len(maps)
     out = torch.empty(batch, heads, rows, 2 * maps.shape[-1], dtype=x.dtype, device=x.device)
@@ -218,7 +218,7 @@ def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None =
         map_backward[(programs, heads, batch)](
             wide, maps, d_phi.contiguous(), into, d_maps, *wide.stride()[:3], *into.stride()[:3], rows, blocks_each,
             ADD=into is add_to, DIM=dim, HALF=half, BT=block,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=8,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4 if dim * half <= 8192 else 8,
         )  # fmt: skip
     if not alone:
         into = over_groups(into, x)
