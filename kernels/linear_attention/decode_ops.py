@@ -101,6 +101,7 @@ def _hybrid_step(
     map_heads, width, window = map_k.shape[0], v.shape[-1], ring_k.shape[2] - 1
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
     columns, warps = _cut(width, batch * map_heads, heads // map_heads)
+    early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
     with on_device_of(q):
         hybrid_step_kernel[(width // columns, map_heads, batch)](
             q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
@@ -108,11 +109,10 @@ def _hybrid_step(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k.shape[1], map_heads, scale,
             math.log(linear_weight) if linear_weight > 0 else 0.0,
             HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None,
-            SINKS=sink_k.shape[2], WINDOW=window, SLOTS=max(triton.next_power_of_2(window + 1), 16),
-            QUERIES=heads // map_heads, DIM=dim,
-            HALF=map_q.shape[-1], V=width, BV=columns,
+            SINKS=sink_k.shape[2], WINDOW=window, KEYS=max(triton.next_power_of_2(window + sink_k.shape[2]), 16),
+            QUERIES=heads // map_heads, DIM=dim, HALF=map_q.shape[-1], V=width, BV=columns,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
-            num_warps=warps,
+            EARLY=early, num_warps=warps, launch_pdl=early,
         )  # fmt: skip
     return out
 

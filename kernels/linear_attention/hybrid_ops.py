@@ -110,13 +110,17 @@ def _forward(
         shift = window - before if state is None else 0
         call = _past(q, bounds, window, terrace, shift)
         rows = max(length - (window - before), 0)
-        phi_q = map_features(q[:, :, shift:], map_q)
-        phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), call.bounds, num_sinks)
-        values, first = v[:, :, :rows], None
+        phi_q, _ = map_features(q[:, :, shift:], map_q)
+        values, first, key_sums = v[:, :, :rows], None, None
+        if bounds is None:
+            block = window if terrace else Blocks.recurrence(v.dtype, phi_q.shape[-1], v.shape[-1]).rows
+            phi_k, key_sums = map_features(k[:, :, :rows], map_k, num_sinks, block)
+        else:
+            phi_k = _without_sinks(map_features(k[:, :, :rows], map_k)[0], call.bounds, num_sinks)
         if state is not None and state_sum is not None:  # keys before the first one in the window are in it already
             pad, first = (0, 0, length - rows, 0), (state, state_sum)
-            phi_k, values = F.pad(phi_k, pad), F.pad(values, pad)
-        past, mass, *_ = call.run(phi_q, phi_k, values, normalize=True, first=first, want_last=False)
+            phi_k, values, key_sums = F.pad(phi_k, pad), F.pad(values, pad), None
+        past, mass, *_ = call.run(phi_q, phi_k, values, normalize=True, first=first, key_sums=key_sums, want_last=False)
     assert mass is not None
     flags = _flags(q, v, bounds, window, terrace, num_sinks)
     sequences = batch if bounds is None else bounds.shape[0]
@@ -196,8 +200,8 @@ def _past_backward(
     queries, keys, values = q[:, :, window:], k[:, :, :rows], v[:, :, :rows]
     share = (math.log(linear_weight) - log_mass).clamp(max=60.0).exp()
     extra = -share * inner
-    phi_q = map_features(queries, map_q)
-    phi_k = _without_sinks(map_features(keys, map_k), call.bounds, num_sinks)
+    phi_q, phi_k = map_features(queries, map_q)[0], map_features(keys, map_k)[0]
+    phi_k = _without_sinks(phi_k, call.bounds, num_sinks)
     d_v, *_ = call.run(
         phi_k, phi_q, d_out, reverse=True, weight=("y", share), like=values, add_to=add_to[2], want_last=False
     )
@@ -381,7 +385,7 @@ def _state(
     if bounds is not None:
         end = bounds[:, 2].clamp(max=rows)
         bounds = torch.stack([bounds[:, 0], torch.minimum(bounds[:, 1], end), end], 1).contiguous()
-    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), bounds, num_sinks)
+    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k)[0], bounds, num_sinks)
     call = Recurrence(len(k), len(map_k), rows, bounds=bounds)
     first = None if state is None or state_sum is None else (state, state_sum)
     _, _, last, last_sum = call.run(phi_k, phi_k, v[:, :, :rows], normalize=True, first=first, want_out=False)
