@@ -189,6 +189,7 @@ def map_features(x: Tensor, maps: Tensor, num_zero: int = 0, rows_a_sum: int | N
     (batch, _, rows, dim), heads = x.shape, len(maps)
     out = torch.empty(batch, heads, rows, 2 * maps.shape[-1], dtype=x.dtype, device=x.device)
     x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    block = FEATURE_ROWS if x.dtype != torch.float32 else 16  # fp32 products are unrolled: few rows compile fast
     block = block if rows_a_sum is None else rows_a_sum
     blocks = triton.cdiv(rows, block)
     sums = torch.empty(batch, heads, blocks, out.shape[-1], dtype=torch.float32, device=x.device)
