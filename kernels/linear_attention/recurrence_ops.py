@@ -214,16 +214,15 @@ def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None =
     alone = x.shape[1] == heads
     wide = x if alone else x.repeat_interleave(heads // x.shape[1], 1)
     into = add_to if alone and add_to is not None else gradient_like(wide, fill=False)
-    block, blocks_each = FEATURE_ROWS, 16
-    if x.dtype == torch.float32 or dim * half == 256 * 128:
-        block = 32  # of 64 rows, operands are more than a multiprocessor's 227 KiB
+    small, blocks_each = max(dim, 2 * half) <= 128, 16  # larger tiles do not fit a multiprocessor
+    block = FEATURE_ROWS if small and x.dtype != torch.float32 else 32
     programs = triton.cdiv(rows, block * blocks_each)
     d_maps = torch.empty(batch, programs, heads, dim, half, dtype=torch.float32, device=x.device)
     with on_device_of(x):
         map_backward[(programs, heads, batch)](
             wide, maps, d_phi.contiguous(), into, d_maps, *wide.stride()[:3], *into.stride()[:3], rows, blocks_each,
             ADD=into is add_to, DIM=dim, HALF=half, BT=block,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4 if dim * half <= 8192 else 8,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4 if small else 8,
         )  # fmt: skip
     if not alone:
         into = over_groups(into, x)
