@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter, in fp32 and at small sizes. With
 them, and the cases at the end run in bf16 at full size.
 """
 
+import itertools
 import os
 
 import pytest
@@ -402,9 +403,14 @@ def test_gated_attention_in_bf16(dim, gate, normalize):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_sinks": 4}, {"terrace": True}, {"window_size": 128}, {"window_size": 50}]
+    ("dim", "options"),
+    [
+        *itertools.product(
+            [64, 128], [{}, {"num_sinks": 4}, {"terrace": True}, {"window_size": 128}, {"window_size": 50}]
+        ),
+        (256, {}),
+    ],
 )
 def test_hybrid_attention_in_bf16(dim, options):
     x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=dim, width=dim, half=dim // 2, meta="num_sinks" in options)
