@@ -26,6 +26,7 @@ class Family:
         output: the linear behind it.
         transposed: linears are stored (inputs, outputs).
         full_every: of so many layers the last one sees everything and the others a sliding window; 0: no such pattern.
+        window: sliding window that transformers takes where config.json names none.
     """
 
     prefix: str
@@ -42,6 +43,13 @@ class Family:
     output: str = "o_proj"
     transposed: bool = False
     full_every: int = 0
+    window: int | None = None
+
+    def sliding_window(self, config: Mapping[str, Any]) -> int | None:
+        """Keys that a query sees in a layer with a sliding window; None if the model has no such layer."""
+        if self.prefix.startswith("Qwen") and not config.get("use_sliding_window"):
+            return None
+        return config.get("sliding_window", self.window) or None
 
     def sliding_layers(self, config: Mapping[str, Any]) -> list[bool]:
         """Which layers of a model with a pattern have a sliding window of their own."""
@@ -65,11 +73,11 @@ class Family:
 
 TABLE = {
     "llama": Family("Llama"),
-    "mistral": Family("Mistral"),
-    "qwen2": Family("Qwen2"),
-    "qwen3": Family("Qwen3"),
-    "gemma2": Family("Gemma2", full_every=2),
-    "gemma3_text": Family("Gemma3", module="gemma3", text="Text", full_every=6),
+    "mistral": Family("Mistral", window=4096),
+    "qwen2": Family("Qwen2", window=4096),
+    "qwen3": Family("Qwen3", window=4096),
+    "gemma2": Family("Gemma2", full_every=2, window=4096),
+    "gemma3_text": Family("Gemma3", module="gemma3", text="Text", full_every=6, window=4096),
     "phi3": Family("Phi3", projections=("qkv_proj",)),
     "olmo2": Family("Olmo2"),
     "gpt2": Family(

@@ -23,6 +23,7 @@ from kit.convert.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROW_LENGTH = 512  # tokens of a held-out row that is sampled from a base model
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz")
 TEXT_COLUMNS = ("text", "content")
 CHAT_COLUMNS = ("messages", "conversations")
@@ -116,6 +117,16 @@ class TokenRows:
         """
         ignored = self.position_ids == 0
         return self.input_ids.masked_fill(ignored if self.learned is None else ignored | ~self.learned, -100)
+
+    @property
+    def predicting(self) -> Tensor:
+        """Tokens whose prediction counts (N, T), bool: the next one is in the row and `labels` has it.
+
+        So neither padding counts, nor what comes after a document's end, nor what is not learned.
+        """
+        import torch
+
+        return torch.nn.functional.pad(self.labels[:, 1:] != -100, (0, 1))
 
     def summary(self) -> dict[str, Any]:
         """What the report says about the data."""
@@ -466,7 +477,7 @@ def _rows_at_once(model: Any, seq_len: int) -> int:
     from kit.convert.inspect import cache_bytes
     from kit.convert.measure import free_memory
 
-    cost = cache_bytes(model.config.to_dict(), model.dtype.itemsize)
+    cost = cache_bytes(model.config.get_text_config().to_dict(), model.dtype.itemsize)
     fit = free_memory(str(model.device)) // 4 // (cost["per_token"] * seq_len + cost["constant"])
     return max(1, min(fit, 32 if model.device.type == "cpu" else 256))
 

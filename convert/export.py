@@ -13,7 +13,7 @@ from torch import Tensor
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.names import hub_names, renamed
-from kit.convert.streaming import COMPUTE_DTYPES, TensorView
+from kit.convert.streaming import COMPUTE_DTYPES, StreamedModel, TensorView, streamed_logits
 from kit.convert.work import disk_errors
 from kit.modules.bundler import flat_name, write_code
 from kit.modules.quantized import SIDECAR, SIDECAR_MARK
@@ -125,7 +125,9 @@ def _read(view: TensorView, name: str, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def verify_checkpoint(folder: Path, probe: Tensor, expected: Tensor, *, dtype: torch.dtype, device: str) -> float:
+def verify_checkpoint(
+    folder: Path, probe: Tensor, expected: Tensor, *, dtype: torch.dtype, device: str | None
+) -> float:
     """Reload a written checkpoint and compare its logits with those of the conversion.
 
     Args:
@@ -133,7 +135,8 @@ def verify_checkpoint(folder: Path, probe: Tensor, expected: Tensor, *, dtype: t
         probe: (B, T) token ids.
         expected: (B, T, vocabulary), the conversion's logits with weights rounded as in the file.
         dtype: compute dtype of the reload; float32 gives the sharp check.
-        device: where to run it.
+        device: where to run it; None: the model fits nowhere, and is read again layer by layer. Its names and shapes
+            are compared with config.json then, as transformers would do.
 
     Returns:
         The largest difference relative to the largest logit.
@@ -141,14 +144,19 @@ def verify_checkpoint(folder: Path, probe: Tensor, expected: Tensor, *, dtype: t
     Raises:
         KitError: exit code 3, if a key is missing, unexpected or mismatched, or the logits differ.
     """
-    from kit.convert.checkpoint import load
+    from kit.convert.checkpoint import check_matches_config, load, open_checkpoint
 
     try:
-        model = load(str(folder), dtype=dtype, device=device)
+        if device is None:
+            written = open_checkpoint(str(folder))
+            check_matches_config(written)
+            streamed = StreamedModel(written.config, TensorView(written), device="cpu", dtype=dtype)
+            logits = streamed_logits(streamed, probe).float()
+        else:
+            logits = load(str(folder), dtype=dtype, device=device)(probe.to(device)).logits.float().cpu()
     except KitError as error:
         error.exit_code = ExitCode.VERIFICATION
         raise
-    logits = model(probe.to(device)).logits.float().cpu()
     difference = float((logits - expected.float().cpu()).abs().max() / expected.abs().max())
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     if not difference <= tolerance:

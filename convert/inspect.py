@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kit.convert.checkpoint import Checkpoint
 from kit.convert.errors import KitError
 from kit.convert.recipe import ModelFacts, Recipe
+from kit.convert.text_tower import text_tower
 from kit.families import config_value
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def inspect(checkpoint: Checkpoint, recipes: list[Recipe]) -> dict[str, Any]:
         Architecture, shapes, parameters by part, dtypes, tied weights, cache bytes, and for each recipe None if it
         applies or the reason why not.
     """
+    checkpoint = text_tower(checkpoint)
     facts = ModelFacts.of(checkpoint)
     heads, kv_heads, head_dim = facts.heads
     parts: dict[str, int] = {}
@@ -86,10 +88,11 @@ def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:
     heads, kv_heads, head_dim = facts.heads
     keys_and_values = 2 * kv_heads * head_dim * bytes_each
     quantization = config.get("quantization_config") or {}
-    if kv := quantization.get("kv_cache_scheme"):
+    kv = quantization.get("kv_cache_scheme")
+    if kv and kv["num_bits"] == 4:  # FP8 numbers are held in 16 bits
         each = head_dim * kv["num_bits"] // 8 + 2 + (not kv["symmetric"])  # numbers, scale, zero point
         keys_and_values = 2 * kv_heads * each
-    window, linear = config.get("sliding_window"), config.get("linear_attention")
+    window, linear = facts.family.sliding_window(config), config.get("linear_attention")
     latest = (quantization.get("kit") or {}).get("window") or 0  # tokens kept in 16 bits beside the packed cache
     found = {"per_token": 0, "constant": 2 * kv_heads * head_dim * bytes_each * max(latest - 1, 0) * facts.num_layers}
     kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * facts.num_layers

@@ -1,4 +1,6 @@
-"""Names of experts: in our modules each is three linears, in files they may be called otherwise, or lie in one tensor.
+"""Names of tensors in files, where they are not those of our modules: experts', and GPT-2's.
+
+Of experts: in our modules each is three linears, in files they may be called otherwise, or lie in one tensor.
 
 Our names are `model.layers.L.mlp.experts.E.gate_proj.weight` and so on. The hub's files name Mixtral's parts as its
 authors did; and a folder may hold what transformers makes of them while loading, all experts of a layer in one tensor.
@@ -43,6 +45,10 @@ def matrices(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> list[
     Returns:
         (name, place of its first number in the stored tensor, shape) of each tensor of ours.
     """
+    if _family(config) == "gpt2":  # the hub's files are of the base model, without the language model's prefix
+        if name.endswith(".attn.bias"):  # no weight: a causal mask
+            return []
+        return [(name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", 0, shape)]
     name = renamed(name, {theirs: ours for ours, theirs in hub_names(config).items()})
     experts, _, kind = name.rpartition(".experts.")
     linears = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)

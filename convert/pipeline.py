@@ -11,16 +11,19 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.convert.checkpoint import Checkpoint, check_matches_config
+from kit.convert.data import ROW_LENGTH
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.measure import free_memory, hardware, peak_memory, reset_peak_memory, versions
 from kit.convert.progress import Progress
 from kit.convert.recipe import Layer, ModelFacts, PlanItem, Recipe, SearchRun, Stage, TrainRun
+from kit.convert.text_tower import text_tower
 from kit.convert.work import WorkFolder, put_in_place, restore_old
 
 if TYPE_CHECKING:
@@ -89,6 +92,7 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
     Raises:
         KitError: on an unsupported architecture, an existing output, or too little disk.
     """
+    checkpoint = text_tower(checkpoint)
     facts = ModelFacts.of(checkpoint)
     for recipe in recipes:
         if recipe.command != "convert":
@@ -99,6 +103,7 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
                 exit_code=ExitCode.USAGE,
             )
     check_output(checkpoint, options)
+    checkpoint.check_runs({"--eval-tokens": min(options.eval_tokens, ROW_LENGTH)})
     dtype = output_dtype(checkpoint, options)
     items = model_items(checkpoint)
     added = 0
@@ -109,33 +114,103 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
     total = checkpoint.num_parameters + added
     sizes = [size for recipe in recipes if (size := recipe.result_bytes(facts)) is not None]
     size = sizes[-1] if sizes else total * BYTES_EACH[dtype]
-    needed = int(size + 4 * added + (4 if _has_train_stage(recipes) else 0) * checkpoint.num_parameters)
-    hidden = facts.hidden_size
-    embedding = int(facts.config["vocab_size"]) * hidden * 4
-    activations = activation_bytes(facts, recipes)
+    each = _bytes_each(options.device)
+    embedding = int(facts.config["vocab_size"]) * facts.hidden_size * each
+    activations = activation_bytes(facts, recipes, each)
     on_disk = activations_on_disk(facts, recipes, options)
-    resident = 0 if on_disk else activations
-    needed += activations if on_disk else 0
-    one_layer = (checkpoint.num_parameters * 4 - embedding) // facts.num_layers
-    whole = total * max(recipe.bytes_per_parameter() for recipe in recipes)
+    one_layer = (checkpoint.num_parameters * each - embedding) // facts.num_layers
+    beside = max((r.streamed_bytes(stage, facts, each) for r in recipes for stage in r.active_stages()), default=0)
+    streamed = embedding + 2 * one_layer + max(beside, 0 if on_disk else activations)
+    needs = whole_model_needs(checkpoint, recipes, options)
+    what, most = max(((name, needed) for name, needed, _ in needs), key=lambda need: need[1], default=("", 0.0))
     items += [
         PlanItem("result", f"{dtype}, {size_text(size)}, {added / 1e6:,.2f} M parameters added"),
-        PlanItem("memory, streamed", f"{size_text(embedding + 2 * one_layer + resident)} (rough)"),
+        PlanItem("memory, streamed", f"{size_text(streamed)} (rough)"),
         PlanItem("activations", f"up to {size_text(activations)} {'on disk' if on_disk else 'in memory'}"),
-        PlanItem("memory, whole model", f"{size_text(whole)} + activations (verification and train stages)"),
-        disk_item(options.output, needed),
+        PlanItem(
+            "memory, whole model",
+            f"{size_text(most)} + activations ({what}); {size_text(free_memory('cpu'))} of this machine's are free"
+            if needs
+            else "nothing holds the whole model",
+        ),
+        disk_item(options.output, int(disk_bytes(checkpoint, recipes, facts, options, size))),
         work_item(sum(recipe.flops_per_parameter() for recipe in recipes) * facts.active_parameters),
     ]
     return items
 
 
-def activation_bytes(facts: ModelFacts, recipes: list[Recipe]) -> int:
-    """Bytes that streamed stages hold at most, in fp32: what enters and leaves a layer, what enters it in another
-    model, and what enters and leaves its attention's heads.
+def _bytes_each(device: str) -> int:
+    """Bytes of a number in the dtype that stages compute in; before the device is known, the larger one."""
+    return 2 if device.startswith("cuda") else 4
+
+
+def whole_model_needs(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> list[tuple[str, float, str]]:
+    """What holds the whole model in memory: its name, bytes without activations, and what to do if they are too many.
+
+    Verification is not among it: a model that does not fit is verified layer by layer.
     """
-    tokens = max((r.config.data.num_samples * r.config.data.seq_len for r in recipes if r.needs_data()), default=0)
-    heads, _, head_dim = facts.heads
-    return tokens * (4 * facts.hidden_size + heads * head_dim) * 4
+    facts, each = ModelFacts.of(checkpoint), _bytes_each(options.device)
+    found = []
+    for recipe in recipes:
+        if recipe.needs_data() and recipe.config.data.dataset == "self":
+            size = checkpoint.num_parameters * BYTES_EACH[output_dtype(checkpoint, options)]
+            found.append(("sampling text from the model", float(size), "name a data set with --dataset"))
+        for stage in recipe.active_stages():
+            if needed := recipe.whole_model_bytes(stage, facts, each):
+                found.append((stage.method, needed, recipe.when_too_large))
+    if options.eval_tokens:
+        advice = "add --eval-tokens 0; `kit eval` can measure the result elsewhere"
+        found.append(("evaluation", float(checkpoint.nbytes), advice))
+    return found
+
+
+def check_memory(checkpoint: Checkpoint, recipes: list[Recipe], options: Options, device: str) -> None:
+    """Refuse what cannot fit before weights load.
+
+    Raises:
+        KitError: naming the first that does not, and the way out.
+    """
+    free = free_memory(device)
+    for what, needed, advice in whole_model_needs(checkpoint, recipes, replace(options, device=device)):
+        if needed > free:
+            raise KitError(
+                f"{what} holds the whole model, {size_text(needed)} and activations, and {size_text(free)} are free",
+                where=f"memory of {device}",
+                next_step=advice,
+            )
+
+
+def disk_bytes(
+    checkpoint: Checkpoint, recipes: list[Recipe], facts: ModelFacts, options: Options, result: float
+) -> float:
+    """The most that a conversion has on disk: rows of text, finished steps, states of trainings, activations, result.
+
+    Args:
+        checkpoint: the model.
+        recipes: what is run.
+        facts: the model's.
+        options: the conversion's.
+        result: bytes of the result's weights.
+    """
+    each = _bytes_each(options.device)
+    on_disk = activations_on_disk(facts, recipes, options)
+    kept = most = 0.0
+    for recipe in recipes:
+        if recipe.needs_data():
+            kept += 16 * recipe.config.data.num_samples * recipe.config.data.seq_len  # ids and positions
+        if not recipe.replaces_modules:
+            kept += 4 * recipe.new_parameters(facts)
+        for stage in recipe.active_stages():
+            left, peak = recipe.disk_bytes(stage, facts, each)
+            most = max(most, kept + peak + on_disk * each * recipe.activations(stage, facts))
+            kept += left
+    return max(most, kept + result + sum(file.stat().st_size for file in checkpoint.side_files()))
+
+
+def activation_bytes(facts: ModelFacts, recipes: list[Recipe], bytes_each: int = 4) -> int:
+    """Bytes of activations that stages hold at most; without a dtype in fp32."""
+    numbers = (recipe.activations(stage, facts) for recipe in recipes for stage in recipe.active_stages())
+    return bytes_each * max(numbers, default=0)
 
 
 def activations_on_disk(facts: ModelFacts, recipes: list[Recipe], options: Options) -> bool:
@@ -153,7 +228,7 @@ def activations_on_disk(facts: ModelFacts, recipes: list[Recipe], options: Optio
             exit_code=ExitCode.USAGE,
         )
     if options.activations == "auto":
-        return activation_bytes(facts, recipes) > free_memory("cpu") / 2
+        return activation_bytes(facts, recipes, _bytes_each(options.device)) > free_memory("cpu") / 2
     return options.activations == "disk"
 
 
@@ -235,10 +310,6 @@ def work_item(flops: float) -> PlanItem:
     )
 
 
-def _has_train_stage(recipes: list[Recipe]) -> bool:
-    return any(stage.kind == "train" for recipe in recipes for stage in recipe.active_stages())
-
-
 def size_text(count: float) -> str:
     """Bytes in MB or GB."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
@@ -257,7 +328,8 @@ def convert(checkpoint: Checkpoint, recipes: list[Recipe], options: Options, pro
     from kit.convert.report import build_report, write_report
 
     started = time.monotonic()
-    items = plan(checkpoint, recipes, options)
+    items = plan(checkpoint := text_tower(checkpoint), recipes, options)
+    check_memory(checkpoint, recipes, options, resolve_device(options.device))
     check_matches_config(checkpoint)
     reset_peak_memory()
     run = _Conversion(checkpoint, recipes, options, progress)
@@ -522,16 +594,20 @@ class _Conversion:
     def train(
         self, step: str, recipe: Recipe, stage: Stage, rows: TokenRows, original: Callable[[], StreamedModel]
     ) -> None:
-        """Run a train stage: the whole converted model resident."""
-        done = self.work.metrics(step)
+        """Run a train stage: the whole converted model resident, if the stage asks for it."""
+        done, state = self.work.metrics(step), self.work.path / f"{step}.training"
         if done is None:
-            model = self.streamed(recipe.build(self.facts(self.config)), self.view, recipe.float32).resident()
-            state = self.work.path / f"{step}.training"
-            done = getattr(recipe, stage.method)(TrainRun(model, rows, self.device, self.progress, original, state))
-            self.work.commit(step, self.changed(model, ""), done)
-            state.unlink(missing_ok=True)
-            del model
-        self.view.lay_over(self.work.tensors(step))
+            streamed = partial(self.streamed, recipe.build(self.facts(self.config)), self.view, recipe.float32)
+            run = TrainRun(streamed, rows, self.device, self.progress, original, state)
+            done = getattr(recipe, stage.method)(run)
+            for index, tensors in enumerate(run.changed or ()):
+                self.work.commit(f"{step}-layer-{index:04d}", tensors, {})
+            self.work.commit(step, self.changed(run.model, "") if run.changed is None else {}, done)
+            del run
+        for file in self.work.path.glob(f"{state.name}*"):
+            file.unlink()
+        for file in (*sorted(self.work.path.glob(f"{step}-layer-*.safetensors")), self.work.tensors(step)):
+            self.view.lay_over(file)
         self.stats[f"{recipe.name}.{stage.method}"] = [done]
 
     def changed(self, module: Any, prefix: str) -> dict[str, Any]:
@@ -572,14 +648,23 @@ class _Conversion:
         with self.progress.task("verify", 1):
             generator = torch.Generator().manual_seed(0)
             probe = torch.randint(int(self.config["vocab_size"]), (1, PROBE_TOKENS), generator=generator)
-            dtype = torch.float32 if self.fits_in_float32() else self.out_dtype
-            model = StreamedModel(self.config, self.view, device=self.device, dtype=dtype, round_to=self.out_dtype)
+            dtype, device = self.verified_in()
+            model = StreamedModel(
+                self.config, self.view, device=self.device, dtype=dtype, round_to=self.out_dtype, scratch=self.scratch
+            )
             expected = streamed_logits(model, probe)
-            return verify_checkpoint(self.work.output, probe, expected, dtype=dtype, device=self.device)
+            return verify_checkpoint(self.work.output, probe, expected, dtype=dtype, device=device)
 
-    def fits_in_float32(self) -> bool:
-        """Whether the whole model in float32 fits this device's free memory."""
-        return 4 * 1.2 * self.checkpoint.num_parameters < free_memory(self.device)
+    def verified_in(self) -> tuple[torch.dtype, str | None]:
+        """Dtype and device in which the result is loaded to be verified; no device if it fits none."""
+        import torch
+
+        numbers = 1.2 * sum(map(prod, self.shapes.values()))
+        if 4 * numbers < free_memory(self.device):
+            return torch.float32, self.device
+        places = dict.fromkeys((self.device, "cpu"))
+        fits = (place for place in places if self.out_dtype.itemsize * numbers < free_memory(place))
+        return self.out_dtype, next(fits, None)
 
     def evaluate(self) -> dict[str, Any]:
         """The before/after table on held-out text sampled from the source."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -113,7 +114,7 @@ def search_stage(function: Callable) -> Callable:
 
 
 def train_stage(function: Callable) -> Callable:
-    """Mark `method(self, run: TrainRun) -> dict[str, Any]`: the whole converted model resident, changed in place."""
+    """Mark `method(self, run: TrainRun) -> dict[str, Any]`: the whole converted model, changed in place."""
     return _mark("train")(function)
 
 
@@ -148,6 +149,11 @@ class ModelFacts:
     def family(self) -> Family:
         """How the model names its parts."""
         return family_of(self.model_type)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(map(prod, self.shapes.values()))
 
     @property
     def active_parameters(self) -> int:
@@ -208,23 +214,30 @@ class Layer:
 
 @dataclass
 class TrainRun:
-    """The whole model in a train stage: change `model` in place (it must have no adapters left at the end).
+    """A train stage: change `model` in place (it must have no adapters left at the end), or hand over `changed`.
 
     Attributes:
-        model: the converted model.
+        streamed: makes the converted model, one layer resident at a time.
         rows: the calibration rows.
         device: where the model lives.
         progress: report steps and losses here.
         original: makes the model before this recipe, one layer resident at a time: a teacher.
         state: file in which `fit(checkpoint=...)` keeps a training, so that a killed one goes on where it was.
+        changed: where the stage does without `model`: the tensors that it changed, layer by layer, by full name.
     """
 
-    model: Any
+    streamed: Callable[[], StreamedModel]
     rows: TokenRows
     device: str
     progress: Progress
     original: Callable[[], StreamedModel]
     state: Path
+    changed: Iterator[dict[str, Any]] | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The whole converted model, in memory from here on."""
+        return self.streamed().resident()
 
 
 @dataclass
@@ -291,6 +304,7 @@ class Recipe(ABC):
     families: ClassVar[tuple[str, ...]] = ()
     ablation_note: ClassVar[str] = ""  # for the card: what the ablation rows of its table are
     limits: ClassVar[str] = ""  # for the card: what the result cannot do
+    when_too_large: ClassVar[str] = "use a machine with more memory"  # for a model that train stages cannot hold
     base_model_relation: ClassVar[Literal["finetune", "quantized", "adapter"]] = "finetune"  # on the hub
     bundle_entry: str | None = None  # module whose code travels with the checkpoint
     float32: ClassVar[bool] = False  # layer stages compute in float32 on a GPU too
@@ -328,10 +342,12 @@ class Recipe(ABC):
         """
         kinds = ("ForCausalLM", "LMHeadModel")
         if not any(str(name).endswith(kinds) for name in model.config.get("architectures") or []):
+            known = f" of one of: {', '.join(self.families)}" if self.families else ""
             raise KitError(
                 "the model is no causal language model, or does not say so",
                 where="config.json: architectures",
-                next_step="convert a checkpoint whose architectures name a ...ForCausalLM or ...LMHeadModel class",
+                next_step="convert a checkpoint whose architectures name a ...ForCausalLM or ...LMHeadModel class"
+                + known,
             )
         if self.families and model.model_type not in self.families:
             raise KitError(
@@ -372,9 +388,39 @@ class Recipe(ABC):
         """How many parameters the recipe adds, for size estimates."""
         return 0
 
-    def bytes_per_parameter(self) -> float:
-        """Memory a model parameter in stages that hold the whole model, for the plan: in fp32."""
-        return 4.0
+    def whole_model_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> float:
+        """Memory of a stage that holds the whole model, activations apart; 0 if it does not.
+
+        Args:
+            stage: one of this recipe's.
+            model: the model before this recipe.
+            bytes_each: of a number in the dtype that stages compute in.
+        """
+        return bytes_each * (model.num_parameters + self.new_parameters(model)) if stage.kind == "train" else 0
+
+    def streamed_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> float:
+        """Memory that a stage takes beside the layers that are resident and the activations between them."""
+        return 0
+
+    def disk_bytes(self, stage: Stage, model: ModelFacts, bytes_each: int) -> tuple[float, float]:
+        """Files of a stage in the work folder: what it leaves there until the end, and the most that it has there."""
+        kept = 0.0
+        if stage.kind == "train":
+            kept = bytes_each * model.num_parameters
+        elif stage.kind == "layer":
+            kept = (self.result_bytes(model) or 0) if self.replaces_modules else 4 * self.new_parameters(model)
+        return kept, kept
+
+    def activations(self, stage: Stage, model: ModelFacts) -> int:
+        """Numbers of activations that a stage holds at most, in memory or on disk.
+
+        Of a layer: what enters and leaves it, what enters it in another model, and what enters and leaves its
+        attention's heads.
+        """
+        if stage.kind not in ("layer", "search") or not self.needs_data():
+            return 0
+        heads, _, head_dim = model.heads
+        return self.config.data.num_samples * self.config.data.seq_len * (4 * model.hidden_size + heads * head_dim)
 
     def flops_per_parameter(self) -> float:
         """Floating-point operations a model parameter, for the time estimate: two for each token of each pass."""

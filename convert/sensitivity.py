@@ -37,7 +37,8 @@ def window_sensitivity(
             with model.layer(index) as layer:
                 changed = model.advance(streams[0])
                 with original_attention(layer):
-                    streams = [model.advance(stream) for stream in streams]
+                    for number, stream in enumerate(streams):  # one by one: the old one is free again
+                        streams[number] = model.advance(stream)
                 streams.append(changed)
             run.progress.step(1)
     head, found = model.head(), torch.zeros(len(model), dtype=torch.float64)

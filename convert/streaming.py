@@ -122,22 +122,32 @@ class Scratch:
 
 
 class Recorder:
-    """Batches of rows, collected into one tensor (N, ...) of a scratch as they come."""
+    """Batches of rows, collected into one tensor (N, ...) as they come.
 
-    def __init__(self, scratch: Scratch, num_rows: int) -> None:
-        self.scratch, self.num_rows, self._filled = scratch, num_rows, 0
+    Args:
+        scratch: where it lives.
+        num_rows: N.
+        device: where it lives instead; None: in the scratch.
+    """
+
+    def __init__(self, scratch: Scratch, num_rows: int, device: str | None = None) -> None:
+        self.scratch, self.num_rows, self.device, self._filled = scratch, num_rows, device, 0
         self._tensor: Tensor | None = None
 
     def add(self, batch: Tensor) -> None:
         """Take the next rows (B, ...)."""
         if self._tensor is None:
-            self._tensor = self.scratch.empty((self.num_rows, *batch.shape[1:]), batch.dtype)
+            shape = (self.num_rows, *batch.shape[1:])
+            if self.device is None:
+                self._tensor = self.scratch.empty(shape, batch.dtype)
+            else:
+                self._tensor = torch.empty(shape, dtype=batch.dtype, device=self.device)
         self._tensor[self._filled : self._filled + len(batch)] = batch.detach()
         self._filled += len(batch)
 
     @property
     def tensor(self) -> Tensor:
-        """All rows, on the CPU."""
+        """All rows, on the CPU or on the device that was named."""
         assert self._tensor is not None
         assert self._filled == self.num_rows, "rows are missing"
         return self._tensor
@@ -251,6 +261,10 @@ class StreamedModel:
         """Names of a layer's tensors, without the prefix."""
         return list(self._layers[index].state_dict())
 
+    def layer_on_meta(self, index: int) -> nn.Module:
+        """A layer without its weights."""
+        return self._layers[index]
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Make one layer resident: its module, weights frozen; parameters the checkpoint lacks are initialised."""
@@ -308,8 +322,8 @@ class StreamedModel:
         """Final norm and output head: (B, T, hidden) -> (B, T, vocabulary)."""
         return self.head()(hidden.to(self.device))
 
-    def head(self) -> nn.Module:
-        """Make the final norm and the output head resident, as one module."""
+    def head(self) -> nn.Sequential:
+        """Make the final norm, the output head, and the cap of the logits where there is one, resident."""
         norm = self._materialise(self._norm, f"{self.prefix}{self.family.norm}.")
         head = self.model.get_output_embeddings()
         tied = "lm_head.weight" not in self.view

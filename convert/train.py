@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kit.convert.errors import ExitCode, KitError
+from kit.convert.passes import Pass, Passes
 from kit.convert.progress import Progress
 from kit.convert.work import disk_errors
 
@@ -29,9 +30,14 @@ def bf16_is_fast(device: str) -> bool:
     return device != "cpu" or any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
+def autocast(device: str) -> torch.autocast:
+    """The context of forward passes: products in bf16 on a GPU."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu")
+
+
 def fit(
     parameters: Iterable[nn.Parameter],
-    loss_of: Callable[[Tensor], Tensor],
+    loss_of: Callable[[Tensor], Tensor | Pass],
     num_rows: int,
     config: TrainConfig,
     *,
@@ -43,12 +49,14 @@ def fit(
     checkpoint: Path | None = None,
     save_every: int = SAVE_EVERY,
     at_step: Callable[[int], None] | None = None,
+    rates: Sequence[float] | None = None,
 ) -> list[float]:
     """Minimise a loss over rows of data.
 
     Args:
         parameters: what to train; they are made trainable here and frozen again at the end.
-        loss_of: maps row numbers (micro batch,) to their mean loss.
+        loss_of: maps row numbers (micro batch,) to their mean loss, or to the pass that computes it: on a GPU, that
+            is captured in a CUDA graph where it can be.
         num_rows: rows there are; each epoch is a new seeded permutation.
         config: steps, batch sizes, learning rate.
         seed: seed of the row order.
@@ -60,6 +68,7 @@ def fit(
             there, training goes on from it, and takes the same steps as if it had never stopped.
         save_every: updates between two writes of it; it is also written on an interrupt.
         at_step: is told the number of each update before its loss is computed.
+        rates: peak learning rate of each parameter; None: the config's for all.
 
     Returns:
         The loss of each update.
@@ -69,18 +78,31 @@ def fit(
             `checkpoint` is of another training, or cannot be written.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
-    trained = [parameter.requires_grad_(True) for parameter in parameters]
+    trained = list(parameters)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    AcceleratorState._reset_state(reset_partial_state=True)  # else a process trains on one kind of device only
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if device == "cpu" else "bf16")
-    adamw = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, rate in zip(trained, rates or [config.learning_rate] * len(trained), strict=True):
+        groups.setdefault(rate, []).append(parameter)
+    on_gpu = device != "cpu"
+    adamw = torch.optim.AdamW(
+        [{"params": of, "lr": rate, "initial_lr": rate} for rate, of in groups.items()],
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        fused=on_gpu or None,  # a few launches for all parameters; on a CPU PyTorch chooses
+    )
+    passes = Passes(trained, accelerator.autocast, graphs=on_gpu, say=progress.log)
     described = {"options": config.model_dump(mode="json"), "seed": seed, "num_rows": num_rows}
     losses: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         losses = _restore(checkpoint, trained, adamw, described, device)
         progress.step(len(losses))
-    for group in adamw.param_groups:
-        group["initial_lr"] = config.learning_rate
     optimizer = accelerator.prepare(adamw)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer,
@@ -99,17 +121,16 @@ def fit(
             if at_step is not None:
                 at_step(step)
             batch = torch.tensor([next(order) for _ in range(batch_size)])
-            total = 0.0
-            for rows in batch.split(config.micro_batch_size or len(batch)):
+            parts = []
+            micro = batch.split(config.micro_batch_size or len(batch))
+            for rows in micro:
                 share = float(weights[rows].sum() / weights[batch].sum().clamp(min=1e-30))
-                if share == 0:  # the mean over no labels is NaN
-                    continue
-                with accelerator.autocast():
-                    loss = loss_of(rows) * share
-                accelerator.backward(loss)
-                total += float(loss.detach())
+                if share:  # the mean over no labels is NaN
+                    parts.append(passes.backward(loss_of, rows, share, alone=len(micro) == 1).double())
             norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            for what, value in (("loss", total), ("norm of the gradient", float(norm))):
+            # read together, and when everything is launched: the CPU waits for the GPU once an update
+            total, length = torch.stack([sum(parts, norm.new_zeros((), dtype=torch.float64)), norm.double()]).tolist()
+            for what, value in (("loss", total), ("norm of the gradient", length)):
                 if not isfinite(value):
                     raise KitError(
                         f"the {what} of {name} is {value} at step {step + 1}",
@@ -150,7 +171,7 @@ def _random_state(device: str) -> dict[str, Tensor]:
 
 def _save(
     file: Path,
-    trained: list[Tensor],
+    trained: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     described: dict[str, Any],
     losses: list[float],
@@ -171,7 +192,7 @@ def _save(
 
 def _restore(
     file: Path,
-    trained: list[Tensor],
+    trained: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     described: dict[str, Any],
     device: str,
@@ -208,7 +229,8 @@ def _restore(
         keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{key}" in tensors]
         for key in keys:  # none for a parameter that never had a gradient
             moment = tensors[f"{number}.{key}"]
-            optimizer.state[parameter][key] = moment if key == "step" else moment.to(parameter.device)
+            counts = key == "step" and not optimizer.param_groups[0]["fused"]  # they stay on the CPU
+            optimizer.state[parameter][key] = moment if counts else moment.to(parameter.device)
     torch.set_rng_state(tensors["random.cpu"])
     if device != "cpu" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], device)

@@ -36,7 +36,6 @@ from kit.kernels.linear_attention import (
 
 NOTHING = -1e30  # logarithm of a weight of 0; two infinite ones have no sum that can be differentiated
 QUERIES_AT_ONCE = 1024  # of capped attention, whose scores are made for a chunk of queries at a time
-GATE_BIAS = 4.0  # of a fresh gate: γ = 0.982, half of the weight is left after 38 tokens
 
 
 @dataclass
@@ -53,6 +52,7 @@ class MixerOptions:
         linear_weight, window_weight: scale the branches; 0 takes one away.
         meta_tokens: of `gated`: tokens that add to the window's denominator and have no value.
         window_rope: of `gated`: the window keeps RoPE. The linear branch never has it.
+        gate_bias: of `gated`: a fresh gate's bias; 4: γ = 0.982, half of the weight is left after 38 tokens.
     """
 
     num_heads: int
@@ -68,6 +68,7 @@ class MixerOptions:
     window_weight: float = 1.0
     meta_tokens: int = 4
     window_rope: bool = False
+    gate_bias: float = 4.0
 
     @property
     def num_states(self) -> int:
@@ -239,11 +240,10 @@ class Mixer(nn.Module):
 
     def _log_window(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Scaled scores (B, H, C, T), -inf outside the window and its sinks; which keys lie before it (B, 1, C, T)."""
-        place, causal = causal_places(step, k.shape[2], q.device)
+        place, causal = causal_places(step, k.shape[2], start, stop, q.device)
         distance = place[:, start:stop, None] - place[:, None]
         inside = (distance < self.window_size) | (place[:, None] < self.num_sinks)
         scores = softmax_scores(q[:, :, start:stop], k, step.scale, step.softcap)
-        causal = causal[:, start:stop]
         return scores.masked_fill(~(causal & inside)[:, None], -torch.inf), (causal & ~inside)[:, None]
 
     def carried_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -268,7 +268,8 @@ class Mixer(nn.Module):
         **options: Any,
     ) -> tuple[Tensor, Carried]:
         """`hybrid_attention` with sinks, from the start of sequences or from a cache on."""
-        sinks, where = Carried(), dict[str, Any](num_sinks=self.num_sinks)
+        where: dict[str, Any] = {"num_sinks": self.num_sinks}  # (dict[str, Any](...) is nothing torch.compile knows)
+        sinks = Carried()
         if step.slot and self.num_sinks:
             sinks, seen = self._sinks(q, k, v, step, carried)
             where = {"num_sinks": self.num_sinks} if carried is None else {"sinks": seen}
@@ -445,9 +446,9 @@ class LinearAttention(_FeatureMaps):
 
     def log_weights(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> Tensor:
         """See `Mixer`."""
-        _, causal = causal_places(step, k.shape[2], q.device)
+        _, causal = causal_places(step, k.shape[2], start, stop, q.device)
         similarity = self._log_similarity(q[:, :, start:stop], k)
-        return similarity.masked_fill(~causal[:, None, start:stop], -torch.inf).log_softmax(-1)
+        return similarity.masked_fill(~causal[:, None], -torch.inf).log_softmax(-1)
 
 
 class GatedWindowAttention(_FeatureMaps):
@@ -478,7 +479,7 @@ class GatedWindowAttention(_FeatureMaps):
         super().reset_parameters()
         with torch.no_grad():
             self.gate.zero_()
-            self.gate_bias.fill_(GATE_BIAS)
+            self.gate_bias.fill_(self.options.gate_bias)
             self.meta_logit.fill_(math.log(self.options.meta_tokens))
             self.anchor_weight.fill_(1.0)
 
@@ -520,10 +521,10 @@ class GatedWindowAttention(_FeatureMaps):
         if not self.linear_weight:
             return near
         through = self.log_gate(step.hidden).cumsum(-1)
-        _, causal = causal_places(step, k.shape[2], q.device)
+        _, causal = causal_places(step, k.shape[2], start, stop, q.device)
         far = self._log_similarity(*self._plain(q, k, step, start, stop))
         far = far + (through[:, :, start:stop, None] - through[:, :, None]).clamp(max=0)
-        far = far.masked_fill(~causal[:, None, start:stop], NOTHING).log_softmax(-1)
+        far = far.masked_fill(~causal[:, None], NOTHING).log_softmax(-1)
         return torch.logaddexp(near, far) if self.window_weight else far
 
     def _plain(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -539,18 +540,19 @@ MIXERS: dict[str, type[Mixer]] = {
 }
 
 
-def causal_places(step: Step, length: int, device: Any) -> tuple[Tensor, Tensor]:
-    """Places of tokens in their own sequences (B or 1, T), and who may look at whom: (B or 1, T, T).
+def causal_places(step: Step, length: int, start: int, stop: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Places of tokens in their own sequences (B or 1, T), and whom queries may look at: (B or 1, C, T).
 
-    T x T booleans a row; losses on attention weights are the only user.
+    For C queries, from `start` to `stop`: losses on attention weights make nothing that is T x T.
     """
     at = torch.arange(length, device=device)
-    causal = (at[:, None] >= at)[None]
-    if step.segment_ids is None:
+    causal = (at[start:stop, None] >= at)[None]
+    segments = step.segment_ids
+    if segments is None:
         return at[None], causal
-    same = step.segment_ids[:, :, None] == step.segment_ids[:, None]
-    start = torch.where(same, at, length).amin(-1)
-    return at - start, causal & same
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0))
+    begin = torch.where(first, at, 0).cummax(-1).values
+    return at - begin, causal & (segments[:, start:stop, None] == segments[:, None])
 
 
 def softmax_scores(q: Tensor, k: Tensor, scale: float, softcap: float | None = None) -> Tensor:

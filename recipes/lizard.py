@@ -26,6 +26,9 @@ class LizardConfig(LearnedConfig):
     recipe: Literal["lizard"] = Field("lizard", description="This recipe.")
     window_size: int = Field(128, ge=3, description="Keys a query sees through softmax, itself and sinks included.")
     meta_tokens: int = Field(4, ge=1, description="Tokens without a value in the window's denominator.")
+    gate_bias: float = Field(
+        4.0, description="Starting bias of the gate: 4 keeps half of the weight for 38 tokens, 7 for 760."
+    )
     window_rope: bool = Field(False, description="Keep RoPE in the window; the paper removes it everywhere.")
     transfer: TransferConfig = Field(
         default_factory=lambda: TransferConfig(learning_rate=1e-2), description="Attention transfer, for each layer."
@@ -55,6 +58,7 @@ class Lizard(LearnedLinearize):
         return super().section(model) | {
             "meta_tokens": self.config.meta_tokens,
             "window_rope": self.config.window_rope,
+            "gate_bias": self.config.gate_bias,
         }
 
     def layer_parameters(self, model: ModelFacts) -> int:

@@ -34,7 +34,11 @@ class LolcatsConfig(LearnedConfig):
 
     recipe: Literal["lolcats"] = Field("lolcats", description="This recipe.")
     window_factor: float | None = Field(
-        None, gt=0, lt=1, description="Starting value of the mixing factor g (paper: 0.1). None: balanced on the data."
+        None,
+        gt=0,
+        lt=1,
+        description="Starting value of the mixing factor g (paper: 0.1). None: balanced on the data of the stages that "
+        "train or measure; 0.1 if there is none.",
     )
     linear_weight: float = Field(1.0, ge=0, description="Weight of the linear branch; 0 leaves window attention.")
     lora: LoraTrainConfig = Field(default_factory=LoraTrainConfig, description="Low-rank linearizing.")
@@ -106,6 +110,11 @@ class Lolcats(LearnedLinearize):
             settings=() if window == self.config.window_size else (f"window_size={window}",),
         )
 
+    @property
+    def starts_from_data(self) -> bool:
+        """The mixing factor does, unless it is given or has nothing to mix."""
+        return self.config.window_factor is None and self.config.linear_weight > 0
+
     def start(self, teacher: LayerTeacher) -> None:
         """Balance g on the first rows."""
         import torch
@@ -116,7 +125,7 @@ class Lolcats(LearnedLinearize):
             mixer = teacher.attention.linear_attention
             tokens = max(BALANCE_TOKENS, 2 * self.config.window_size)
             with torch.no_grad(), queries_keys(mixer) as seen:
-                teacher.run(slice(self.config.transfer.batch_size), tokens)
+                teacher.run(**teacher.given(slice(self.config.transfer.batch_size), tokens))
             _balance(teacher.attention, *seen[0][:2])
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kit.kernels.logit_kl import reference
+from kit.kernels.logit_kl.reference import top_k_kl_and_gradient
 
 
 def kl_and_gradient(
@@ -22,4 +23,4 @@ def kl_and_gradient(
     return reference.kl_and_gradient(logits, teacher, scale, softcap)
 
 
-__all__ = ["kl_and_gradient"]
+__all__ = ["kl_and_gradient", "top_k_kl_and_gradient"]

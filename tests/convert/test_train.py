@@ -15,7 +15,7 @@ from kit.convert.train import fit
 STEPS, ROWS = 13, 10
 
 
-class Interrupt:
+class Interrupt(Progress):
     """A progress that interrupts after so many updates."""
 
     def __init__(self, after):
@@ -131,6 +131,15 @@ def test_the_state_of_another_training_is_refused(tmp_path):
         train(state)
 
 
+def test_a_process_that_trained_in_another_precision_trains_here(uninterrupted):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")  # accelerate keeps the first settings of a process
+    assert train(None)[0] == uninterrupted[0]
+
+
 def test_rows_count_by_their_weights():
     """Rows without labels have no mean; the others count as often as they have labels, whatever the micro batch."""
     weights = torch.tensor([0.0, 1.0, 3.0, 0.0])
@@ -143,3 +152,26 @@ def test_rows_count_by_their_weights():
     options = TrainConfig(steps=1, batch_size=4, micro_batch_size=1)
     settings = {"seed": 0, "device": "cpu", "name": "training", "progress": Progress()}
     assert fit([parameter], loss, 4, options, row_weights=weights, **settings) == [pytest.approx((2 + 3 * 6) / 4)]
+
+
+def test_parameters_have_rates_of_their_own():
+    """Without warm-up, AdamW's first step moves every weight by its rate, whatever the gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    before = [p.detach().clone() for p in model.parameters()]
+    config = TrainConfig(steps=1, batch_size=ROWS, learning_rate=0.5, warmup_ratio=0)
+    x = torch.randn(ROWS, 4)
+    rates = [1e-2, 1e-3, 1e-2, 1e-3]
+    fit(
+        model.parameters(),
+        lambda rows: model(x[rows]).square().mean(),
+        ROWS,
+        config,
+        seed=0,
+        device="cpu",
+        name="t",
+        progress=Progress(),
+        rates=rates,
+    )
+    for parameter, was, rate in zip(model.parameters(), before, rates, strict=True):
+        torch.testing.assert_close((parameter - was).abs(), torch.full_like(was, rate), rtol=1e-3, atol=1e-6)
