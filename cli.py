@@ -665,8 +665,7 @@ def compare(
     from kit.convert.compare import compare as run
     from kit.convert.outputs import check_files
 
-    again = options["overwrite"] or options["resume"]
-    check_files(output, FILES, plot=plot, replace=again, resume=True)
+    check_files(output, FILES, plot=plot, overwrite=options["overwrite"], resume=options["resume"])
     result = _measure(run, open_or_read, models=models, output=output, **options)
     _print_json(result) if options["json_"] else _print_comparison(result)
     write_comparison(result, plot, output)
@@ -705,8 +704,7 @@ def ablate(
     def open_model(name: str, *, base: str | None, trust_remote_code: bool) -> Any:
         return open_checkpoint(name, trust_remote_code=trust_remote_code)
 
-    again = options["overwrite"] or options["resume"]
-    check_files(output, FILES, plot=plot, replace=again, resume=True)
+    check_files(output, FILES, plot=plot, overwrite=options["overwrite"], resume=options["resume"])
     options |= {"models": [model], "seq_len": seq_len, "recall": recall, "output": output}
     result = _measure(run, open_model, **options)
     if options["json_"]:
@@ -811,7 +809,7 @@ def bench(
     from kit.convert.outputs import check_files
     from kit.convert.pipeline import resolve_device
 
-    check_files(output, benching.FILES, replace=overwrite)
+    check_files(output, benching.FILES, overwrite=overwrite)
     latest: dict[str, Any] = {}
 
     def keep(result: dict[str, Any]) -> None:

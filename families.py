@@ -27,6 +27,7 @@ class Family:
         transposed: linears are stored (inputs, outputs).
         full_every: of so many layers the last one sees everything and the others a sliding window; 0: no such pattern.
         window: sliding window that transformers takes where config.json names none.
+        full_first: so many layers see everything where config.json has `use_sliding_window` and no `max_window_layers`.
     """
 
     prefix: str
@@ -44,22 +45,30 @@ class Family:
     transposed: bool = False
     full_every: int = 0
     window: int | None = None
+    full_first: int = 0
 
     def sliding_window(self, config: Mapping[str, Any]) -> int | None:
         """Keys that a query sees in a layer with a sliding window; None if the model has no such layer."""
-        if self.prefix.startswith("Qwen") and not config.get("use_sliding_window"):
+        if not config.get("use_sliding_window", not self.full_first):
             return None
         return config.get("sliding_window", self.window) or None
 
+    def layer_types(self, config: Mapping[str, Any]) -> list[str]:
+        """What each layer sees, in transformers' words: as config.json has it, or as transformers fills it in."""
+        if kinds := config.get("layer_types"):
+            return list(kinds)
+        count = int(config_value(config, "num_hidden_layers"))
+        if self.full_every:
+            every = int(config.get("sliding_window_pattern") or self.full_every)
+            sliding = [bool((index + 1) % every) for index in range(count)]
+        else:
+            first = config.get("max_window_layers", self.full_first)
+            sliding = [self.sliding_window(config) is not None and index >= first for index in range(count)]
+        return ["sliding_attention" if own else "full_attention" for own in sliding]
+
     def sliding_layers(self, config: Mapping[str, Any]) -> list[bool]:
         """Which layers of a model with a pattern have a sliding window of their own."""
-        count = int(config_value(config, "num_hidden_layers"))
-        if not self.full_every:
-            return [False] * count
-        if kinds := config.get("layer_types"):
-            return [kind == "sliding_attention" for kind in kinds]
-        every = int(config.get("sliding_window_pattern") or self.full_every)
-        return [bool((index + 1) % every) for index in range(count)]
+        return [bool(self.full_every) and kind == "sliding_attention" for kind in self.layer_types(config)]
 
     def shapes(self, heads: int, kv_heads: int, head_dim: int, hidden: int) -> dict[str, tuple[int, int]]:
         """Shapes of an attention layer's weights as they are stored, by name."""
@@ -74,8 +83,8 @@ class Family:
 TABLE = {
     "llama": Family("Llama"),
     "mistral": Family("Mistral", window=4096),
-    "qwen2": Family("Qwen2", window=4096),
-    "qwen3": Family("Qwen3", window=4096),
+    "qwen2": Family("Qwen2", window=4096, full_first=28),
+    "qwen3": Family("Qwen3", window=4096, full_first=28),
     "gemma2": Family("Gemma2", full_every=2, window=4096),
     "gemma3_text": Family("Gemma3", module="gemma3", text="Text", full_every=6, window=4096),
     "phi3": Family("Phi3", projections=("qkv_proj",)),

@@ -251,7 +251,8 @@ class Bench:
             settings.pop(stage, None)
 
         def make(path: Path) -> None:
-            convert(self.checkpoint, [recipe], Options(path, device=self.device, eval_tokens=0), Progress())
+            how = Options(path, device=self.device, eval_tokens=0, overwrite=True)  # of what a killed process left
+            convert(self.checkpoint, [recipe], how, Progress())
             (path / "allocation.json").write_text(json.dumps(recipe.allocation))
 
         return once(self.options.output / "cache" / name_of(settings), make)

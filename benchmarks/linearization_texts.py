@@ -64,7 +64,7 @@ def recall_text(words: list[str], draw: random.Random, length: int) -> str:
             parts.append(facts.pop())
         elif asked and draw.random() < 0.5:
             parts.append(asked.pop())
-    return " ".join(parts + asked)
+    return " ".join(parts + facts + asked)
 
 
 def _name(draw: random.Random) -> str:

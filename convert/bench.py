@@ -167,8 +167,9 @@ def missing_line(result: dict[str, Any]) -> str:
 
 
 def write_bench(result: dict[str, Any], folder: Path) -> None:
-    """Write bench.json into a folder and, once nothing is missing, bench.png."""
+    """Write bench.json into a folder and, once nothing is missing, bench.png; that of an earlier result goes."""
     write_text(folder / FILES[0], json.dumps(result, indent=1) + "\n")
+    (folder / FILES[1]).unlink(missing_ok=True)
     if not result["missing"] and any("error" not in row for row in result["rows"]):
         with replacing(folder / FILES[1]) as part:
             plot_bench(result, part)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from kit.convert.errors import ExitCode, KitError
+from kit.convert.outputs import replacing
 from kit.convert.work import disk_errors
 
 RESULTS, SETTINGS = "results.json", "run.json"
@@ -58,7 +58,7 @@ class EvalFolder:
     Args:
         path: the folder, made if need be.
         resume: keep the samples that are there.
-        overwrite: delete what an earlier evaluation left.
+        overwrite: what an earlier evaluation left may be deleted once the new one writes.
 
     Raises:
         KitError: exit code 2, if results are there and neither was asked for, or `path` is a file.
@@ -79,10 +79,16 @@ class EvalFolder:
                 next_step="add --resume to go on with it, --overwrite to start again, or choose another folder",
                 exit_code=ExitCode.USAGE,
             )
+        self._old = old if not resume else []
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            for file in old if not resume else ():
-                file.unlink()
+
+    def _clear(self) -> None:
+        """Delete what is to be replaced; not before there is something else, or a refused command would lose it."""
+        with disk_errors(self.path):
+            for file in self._old:
+                file.unlink(missing_ok=True)
+        self._old = []
 
     def samples(self, model: str, task: str, settings: dict[str, Any]) -> SampleLog:
         """The log of one model on one task.
@@ -96,6 +102,7 @@ class EvalFolder:
             KitError: exit code 2, if samples are there that were made with other settings, or another model of this
                 run has the same name.
         """
+        self._clear()
         file = self.path / f"samples_{_safe(model)}_{_safe(task)}.jsonl"
         index = self.path / SETTINGS
         known: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
@@ -121,6 +128,7 @@ class EvalFolder:
 
     def write(self, result: dict[str, Any]) -> None:
         """Write results.json."""
+        self._clear()
         _write(self.path / RESULTS, json.dumps(result, indent=1) + "\n")
 
 
@@ -133,7 +141,5 @@ def _line(sample: dict[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with disk_errors(path):
-        part = path.with_name(path.name + ".part")
+    with replacing(path) as part:
         part.write_text(text, **ENCODING)
-        os.replace(part, path)

@@ -95,9 +95,7 @@ def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:
     window, linear = facts.family.sliding_window(config), config.get("linear_attention")
     latest = (quantization.get("kit") or {}).get("window") or 0  # tokens kept in 16 bits beside the packed cache
     found = {"per_token": 0, "constant": 2 * kv_heads * head_dim * bytes_each * max(latest - 1, 0) * facts.num_layers}
-    kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * facts.num_layers
-    if not config.get("layer_types") and any(sliding := facts.family.sliding_layers(config)):
-        kinds = ["sliding_attention" if own else "full_attention" for own in sliding]
+    kinds = facts.family.layer_types(config)
     mixers = (linear or {}).get("mixers") or ["hybrid"] * len(kinds)
     for kind, mixer in zip(kinds, mixers, strict=True):
         if kind == "full_attention" or not window:

@@ -12,7 +12,7 @@ from kit.convert.work import disk_errors
 
 
 def check_files(
-    folder: Path | None, names: Iterable[str], *, plot: Path | None = None, replace: bool, resume: bool = False
+    folder: Path | None, names: Iterable[str], *, plot: Path | None = None, overwrite: bool, resume: bool | None = None
 ) -> None:
     """Refuse, before anything is measured, files that cannot be written or are there already.
 
@@ -20,8 +20,8 @@ def check_files(
         folder: of `--output`; it may be there.
         names: files that the command writes into it.
         plot: of `--plot`, a PNG file.
-        replace: earlier ones may be replaced.
-        resume: whether the command has `--resume`.
+        overwrite: earlier ones may be replaced.
+        resume: so they may in a folder that a run goes on in; None if the command has no `--resume`.
 
     Raises:
         KitError: exit code 2.
@@ -30,10 +30,14 @@ def check_files(
         raise usage_error("the plot is a PNG file in a folder that exists", f"--plot {plot}", "--plot pareto.png")
     if folder and folder.exists() and not folder.is_dir():
         raise usage_error("there is a file of that name", f"--output {folder}", "name a folder")
+    for place, option in ((folder, "--output"), (plot and plot.parent, "--plot")):
+        there = next((p for p in (place, *place.parents) if p.exists()), place) if place else None
+        if there and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise usage_error(f"nothing can be written into '{there}'", f"{option} {place}", "choose another place")
     files = [folder / name for name in names] if folder else []
     old = [file for file in (*files, *filter(None, [plot])) if file.exists()]
-    if old and not replace:
-        going_on = "--resume to go on with them, " if resume else ""
+    if old and not (overwrite or (resume and folder)):
+        going_on = "--resume to go on with them, " if folder and resume is not None else ""
         raise usage_error(
             "results of an earlier run are there", old[0], f"add {going_on}--overwrite, or choose another name"
         )
@@ -47,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
         KitError: if the disk is full or the folder cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
-    with disk_errors(path):
+    with disk_errors(path, "run the same command again"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part

@@ -103,7 +103,8 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
                 exit_code=ExitCode.USAGE,
             )
     check_output(checkpoint, options)
-    checkpoint.check_runs({"--eval-tokens": min(options.eval_tokens, ROW_LENGTH)})
+    rows = max((recipe.config.data.seq_len for recipe in recipes if recipe.needs_data()), default=0)
+    checkpoint.check_runs({"--eval-tokens": min(options.eval_tokens, ROW_LENGTH), "--seq-len": rows})
     dtype = output_dtype(checkpoint, options)
     items = model_items(checkpoint)
     added = 0

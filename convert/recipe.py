@@ -50,6 +50,9 @@ class RecipeConfig(BaseModel):
     data: DataConfig = Field(default_factory=DataConfig, description="Calibration and training text.")
 
 
+SAVE_EVERY = 25  # updates between two writes of a training's state
+
+
 class TrainConfig(BaseModel):
     """One training loop: AdamW, linear warm-up, cosine decay to a tenth, gradient clipping."""
 

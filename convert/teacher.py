@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kit.convert.distill import LOGITS_AT_ONCE
-from kit.convert.linearize import TEACHER_TOKENS
+from kit.convert.learned import TEACHER_TOKENS
 from kit.convert.streaming import StreamedModel, streamed_hidden
 from kit.convert.work import disk_errors
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.passes import Pass, Passes
 from kit.convert.progress import Progress
+from kit.convert.recipe import SAVE_EVERY, TrainConfig
 from kit.convert.work import disk_errors
-
-if TYPE_CHECKING:
-    from kit.convert.recipe import TrainConfig
-
-SAVE_EVERY = 25  # updates
 
 
 def bf16_is_fast(device: str) -> bool:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable folder into a KitError that says what to do."""
+def disk_errors(
+    path: Path, again: str = "run the same command with --resume: finished layers are kept"
+) -> Iterator[None]:
+    """Turn a full disk or an unwritable folder into a KitError that says what to do; `again` once there is space."""
     try:
         yield
     except Exception as error:
@@ -35,7 +37,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise KitError(
                 "no space left to write the result",
                 where=str(path),
-                next_step="free some space, then run the same command with --resume: finished layers are kept",
+                next_step=f"free some space, then {again}",
             ) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise KitError(

@@ -317,7 +317,8 @@ class FusedCache(Cache):
         new.length, new.delegate = self.length, copy.deepcopy(self.delegate, memo)
         if self.store is not None:
             memo |= {id(x): x for x in (self.store.order, self.store.factor) if x is not None}  # of the model
-            new.store = copy.deepcopy(self.store, memo)
+            with torch.inference_mode(False):  # as `KVStore.empty`
+                new.store = copy.deepcopy(self.store, memo)
         return new
 
 
@@ -325,7 +326,8 @@ class DecodeGraph:
     """One step of decoding as a CUDA graph; it works on the cache it was captured with."""
 
     def __init__(self, fused: FusedModel, store: KVStore, ids: Tensor) -> None:
-        self.ids = ids.clone()
+        with torch.inference_mode(False):  # so that it can be written to outside of that mode as well
+            self.ids = ids.clone()
         self.held = fused.angles(store.capacity)  # which the model may replace by longer ones
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device)):
@@ -462,14 +464,21 @@ class FusedModel:
             store = cache.open(self, start, given.shape[1])
         else:
             store = self._goes_on(cache, arguments, given)
-        cache.grow(cache.length + given.shape[1])
-        past, cache.length = cache.length, cache.length + given.shape[1]
-        with torch.no_grad():
-            if past and given.shape[1] == 1 and embedded is None:
-                return self._replay(given, cache, store)
-            keep = arguments.get("logits_to_keep", 0)
-            embedded = self.model.model.embed_tokens(ids) if embedded is None else embedded
-            return (self.more if past else self.prompt)(embedded, store, keep)
+        past, tokens = cache.length, given.shape[1]
+        cache.grow(past + tokens)
+        try:
+            with torch.no_grad():
+                if past and tokens == 1 and embedded is None:
+                    logits = self._replay(given, cache, store)
+                else:
+                    embedded = self.model.model.embed_tokens(ids) if embedded is None else embedded
+                    run = self.more if past else self.prompt
+                    logits = run(embedded, store, arguments.get("logits_to_keep", 0))
+        except BaseException:  # memory that does not suffice, an interrupt: the cache can be used again
+            store.crop(past + tokens, past)
+            raise
+        cache.length = past + tokens
+        return logits
 
     def _first(self, arguments: dict[str, Any], plain: bool, kept: bool) -> Tensor | None:
         """Padded tokens at the start of each row, (B,), of a first call; None if the fast path does not take it."""

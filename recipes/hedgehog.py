@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from kit.convert.linearize import DistillConfig, LearnedConfig, LearnedLinearize, TransferConfig
+from kit.convert.learned import DistillConfig, LearnedConfig, LearnedLinearize, TransferConfig
 
 
 class HedgehogConfig(LearnedConfig):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from kit.convert.linearize import DistillConfig, LearnedConfig, LearnedLinearize, LoraTrainConfig, TransferConfig
+from kit.convert.learned import DistillConfig, LearnedConfig, LearnedLinearize, LoraTrainConfig, TransferConfig
 from kit.convert.recipe import ModelFacts
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from kit.convert.inspect import cache_bytes
-from kit.convert.linearize import LearnedConfig, LearnedLinearize, LoraTrainConfig
+from kit.convert.learned import LearnedConfig, LearnedLinearize, LoraTrainConfig
 from kit.convert.recipe import ModelFacts, PlanItem, Suitability
 
 if TYPE_CHECKING:

@@ -5,11 +5,13 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from kit.convert.errors import KitError
+from kit.convert.inspect import cache_bytes
 from kit.convert.recipe import ModelFacts
 from kit.families import TABLE, config_value
 from kit.recipes import load_recipes
 
 SHAPE = {"hidden_size": 48, "num_hidden_layers": 7, "num_attention_heads": 3, "vocab_size": 64, "pad_token_id": 0}
+SLIDING = {"use_sliding_window": True}
 ONE_SIZE = ("gpt2",)  # as many key/value heads as query heads, and their width follows
 
 
@@ -52,6 +54,20 @@ def test_sliding_layers_are_known_without_being_listed(family):
     pattern = {**model.config, "layer_types": None, "sliding_window_pattern": 3}
     real3 = CONFIG_MAPPING["gemma3_text"](num_hidden_layers=7, sliding_window_pattern=3).layer_types
     assert TABLE["gemma3_text"].sliding_layers(pattern) == [kind == "sliding_attention" for kind in real3]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "more", [{}, {"use_sliding_window": True}, {"use_sliding_window": True, "max_window_layers": 3}]
+)
+def test_layers_that_see_everything_are_those_that_transformers_says(family, more):
+    """Of config.json with few words; the cache grows by two bytes each for their keys and values alone."""
+    config = {"model_type": family, "num_hidden_layers": 30, "num_attention_heads": 3, "num_key_value_heads": 1,
+              "head_dim": 8, "hidden_size": 24} | more  # fmt: skip
+    theirs = CONFIG_MAPPING[family](**config)
+    assert TABLE[family].layer_types(config) == theirs.layer_types
+    assert TABLE[family].sliding_window(config) == theirs.sliding_window
+    assert cache_bytes(config)["per_token"] == theirs.layer_types.count("full_attention") * 2 * 8 * 2
 
 
 def test_sliding_layers_are_kept_and_the_cache_is_constant():

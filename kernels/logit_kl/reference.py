@@ -61,11 +61,11 @@ def top_k_kl_and_gradient(
     p, r = log_p.exp(), log_rest.exp()
     beyond = torch.where(r > 0, r * (log_rest - log_s.clamp(min=LEAST)), 0.0)
     kl = (p * (log_p.clamp(min=LEAST) - kept)).sum(-1) + beyond
-    # q − p̃ is q (1 − r / s) off K, and q − p on it
-    q = log_q.exp_()
+    # q − p̃ is q − r q / s off K, and q − p on it; q / s from logarithms: s may be too small for fp32
+    q = log_q.exp()
     on_kept = q.gather(-1, at) - p
-    ratio = torch.where(r > 0, (log_rest - log_s.clamp(min=LEAST)).exp(), 0.0)
-    gradient = q.mul_(1 - ratio[:, None]).scatter_(-1, at, on_kept).mul_(scale)
+    share = log_q.add_((log_rest - log_s.clamp(min=LEAST))[:, None]).exp_()
+    gradient = q.sub_(share).scatter_(-1, at, on_kept).mul_(scale)
     if softcap is not None:
         gradient = gradient * (1 - (capped / softcap) ** 2)
     return kl, gradient.to(logits.dtype)

@@ -77,6 +77,13 @@ def test_tables_compare_runs_with_the_base_the_hybrid_and_their_other_seeds(scri
     assert "Not complete: killed" in text
 
 
+def test_a_short_recall_text_too_says_everything_before_it_asks(script):
+    texts = script("linearization_texts")
+    text = texts.recall_text([f"w{number}" for number in range(5000)], random.Random(3), 100)
+    facts = re.findall(r"The \w+ of the \w+ in \w+ is \d+\.", text)
+    assert set(facts[: texts.FACTS]) == set(facts[texts.FACTS :])
+
+
 def test_recall_texts_ask_for_what_they_said_and_repeat_passages(script):
     texts = script("linearization_texts")
     words = [f"w{number}" for number in range(5000)]

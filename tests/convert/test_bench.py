@@ -1,5 +1,6 @@
 """`kit bench`: what it measures of tiny models, random ones included, and what it refuses."""
 
+import errno
 import json
 from types import SimpleNamespace
 
@@ -186,8 +187,10 @@ def test_gains_are_how_often_the_base_takes_longer_and_errors_stand_in_the_table
 
 
 def test_an_interrupt_loses_no_finished_case_and_what_is_missing_is_told(make_model, tmp_path, monkeypatch):
-    """From the second case of the base on nothing is measured any more."""
+    """From the second case of the base on nothing is measured; the plot of an earlier run is not left there."""
     model, out = make_model(), tmp_path / "out"
+    out.mkdir()
+    (out / "bench.png").write_text("earlier")
     cases, real = [], measure
 
     def interrupted(*args, **options):
@@ -199,7 +202,7 @@ def test_an_interrupt_loses_no_finished_case_and_what_is_missing_is_told(make_mo
     monkeypatch.setattr("kit.convert.bench.measure", interrupted)
     command = ["bench", str(model), "--base", str(model), "--context", "8,16", "--new-tokens", "2", "--repeats", "1"]
     monkeypatch.setattr("sys.argv", ["kit", *command, "-o", str(out)])
-    result = CliRunner().invoke(app, [*command, "-o", str(out), "-q"])
+    result = CliRunner().invoke(app, [*command, "-o", str(out), "-q", "--overwrite"])
     assert result.exit_code == 130
     assert "3 cases are measured; missing: base, batch 1, context 16" in result.stderr
     assert "interrupted: finished steps are kept" in result.stderr
@@ -244,13 +247,31 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         half.gen.throw(RuntimeError())
     assert file.read_text() == "one"
     assert list(file.parent.iterdir()) == [file]
-    check_files(tmp_path / "other", ["x.json"], replace=False)
-    check_files(file.parent, ["x.json"], replace=True)
-    for arguments, what in (
-        ({"folder": file.parent, "names": ["x.json"]}, "earlier run"),
-        ({"folder": file, "names": []}, "file of that name"),
-        ({"folder": None, "names": [], "plot": file}, "PNG"),
+    full = replacing(file)
+    full.__enter__()
+    with pytest.raises(KitError, match="no space") as caught:
+        full.gen.throw(OSError(errno.ENOSPC, "full"))
+    assert "--resume" not in caught.value.next_step  # `kit bench` has none
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    file, plot = tmp_path / "made" / "x.json", tmp_path / "x.png"
+    file.parent.mkdir()
+    file.touch()
+    plot.touch()
+    check_files(tmp_path / "other" / "deep", ["x.json"], overwrite=False)
+    check_files(file.parent, ["x.json"], overwrite=True)
+    check_files(file.parent, ["x.json"], overwrite=False, resume=True)
+    for arguments, what, advice in (
+        ({"folder": file.parent, "names": ["x.json"]}, "earlier run", "add --overwrite,"),
+        ({"folder": file.parent, "names": ["x.json"], "resume": False}, "earlier run", "--resume to go on"),
+        ({"folder": None, "names": [], "plot": plot, "resume": False}, "earlier run", "add --overwrite,"),
+        ({"folder": None, "names": [], "plot": plot, "resume": True}, "earlier run", "add --overwrite,"),
+        ({"folder": file, "names": []}, "file of that name", "folder"),
+        ({"folder": file / "deep" / "er", "names": []}, "nothing can be written into .*x.json", "another place"),
+        ({"folder": None, "names": [], "plot": file}, "PNG", "pareto.png"),
     ):
         with pytest.raises(KitError, match=what) as caught:
-            check_files(**arguments, replace=False)
+            check_files(**arguments, overwrite=False)
         assert caught.value.exit_code == 2
+        assert advice in caught.value.next_step

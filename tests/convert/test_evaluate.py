@@ -15,7 +15,7 @@ from kit.convert.data import sample_from_model
 from kit.convert.errors import KitError
 from kit.convert.evaluate import evaluate
 from kit.convert.inspect import cache_bytes
-from kit.convert.pipeline import Options, convert
+from kit.convert.pipeline import Options, convert, plan
 from kit.convert.progress import Progress
 from kit.convert.report import markdown_table, table_cells
 from kit.modules.accelerated import FusedModel, enable_kernels
@@ -198,14 +198,15 @@ def test_the_commands_say_what_a_quantized_model_runs_on(quantized):
 
 
 def test_texts_longer_than_learned_positions_are_refused_before_weights_load(make_model, tmp_path, monkeypatch):
-    folder = make_model("gpt2", max_position_embeddings=64)
+    folder = make_model("gpt2", max_position_embeddings=64, num_key_value_heads=3)
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.max_positions == 64
     assert open_checkpoint(str(make_model())).max_positions is None
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{4 + i % 60}" for i in range(300)))
     fits = {"num_tokens": 64, "dataset": str(text), "seq_len": 64, "speed": False}
-    rows = evaluate({"gpt2": checkpoint}, base=checkpoint, **fits)["rows"]
+    out = tmp_path / "eval"
+    rows = evaluate({"gpt2": checkpoint}, base=checkpoint, output=out, **fits)["rows"]
     assert math.isfinite(rows[1]["perplexity"])
     monkeypatch.setattr(Checkpoint, "load_model", None)
     for change, option in (
@@ -216,8 +217,13 @@ def test_texts_longer_than_learned_positions_are_refused_before_weights_load(mak
         ({"speed": True}, "--speed"),
     ):
         with pytest.raises(KitError, match="64 learned positions") as caught:
-            evaluate({"gpt2": checkpoint}, **fits | change)
+            evaluate({"gpt2": checkpoint}, output=out, overwrite=True, **fits | change)
         assert (caught.value.where, caught.value.exit_code) == (option, 2)
+        assert [file.name for file in out.iterdir()] == ["results.json"]  # a refused command replaces nothing
     sizes = {"batches": [1], "new_tokens": 8, "repeats": 1, "dtype": "auto", "device": "cpu"}
     with pytest.raises(KitError, match="64 learned positions, and a text of 67"):
         bench(str(folder), base=None, config=None, contexts=[8, 56], **sizes)
+    recipes = load_recipes("hedgehog", [f"data.dataset={text}", "data.seq_len=65", "window_size=8"])
+    with pytest.raises(KitError, match="64 learned positions, and a text of 65") as caught:
+        plan(checkpoint, recipes, Options(tmp_path / "out", eval_tokens=0, device="cpu"))
+    assert caught.value.where == "--seq-len"

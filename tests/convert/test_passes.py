@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from kit.convert import passes as module
+from kit.convert.checkpoint import open_checkpoint
 from kit.convert.passes import WARM, Pass, Passes
+from kit.convert.pipeline import Options, convert
 from kit.convert.progress import Progress
 from kit.convert.recipe import TrainConfig
 from kit.convert.train import fit
+from kit.recipes import load_recipes
 
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 ROWS = 11
@@ -140,3 +143,30 @@ def test_a_program_is_captured_after_its_first_passes_and_none_without_one(fake)
             runs.backward(of(program, length), rows, 1.0, alone=False)
     assert [(key[0], key[1][1]) for key in fake.captured] == [("a", (2,)), ("a", (3,)), ("b", (2,))]
     assert torch.equal(parameter.grad, torch.full((2,), (WARM + 2) * 9.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lolcats", ["distill.linear_steps=5", "lora.steps=0"]),
+        ("lolcats", ["distill.teacher=cached", "distill.window_dropout=0.5", "distill.micro_batch_size=1"]),
+        ("hedgehog", []),
+        ("lizard", ["distill.parameters=lora", "transfer.window_dropout=0.5"]),
+    ],
+)
+def test_passes_of_recipes_read_nothing_but_their_inputs(fake, monkeypatch, make_model, tmp_path, name, options):
+    """A graph replays its first pass on the inputs of the others: rows that it kept would show in the losses."""
+    rows = ["data.num_samples=8", "data.seq_len=40", "data.packing=concat", "window_size=10", "seed=3"]
+    steps = ["transfer.steps=9", "transfer.batch_size=2", "distill.steps=12", "distill.batch_size=2"]
+    checkpoint, reports = open_checkpoint(str(make_model())), []
+    for warm in (10**6, WARM):
+        monkeypatch.setattr(module, "WARM", warm)
+        recipes = load_recipes(name, [*rows, *steps, "distill.learning_rate=3e-3", *options])
+        how = Options(tmp_path / str(warm), device="cpu", eval_tokens=0)
+        reports.append(convert(checkpoint, recipes, how, Progress())["stages"])
+        assert bool(fake.captured) == (warm == WARM)
+    both = any("linear_steps" in option or "dropout" in option for option in options)
+    assert {key[0] for key in fake.captured} == ({"whole", "no window"} if both else {"whole"})
+    for stage, entries in reports[0].items():
+        for plain, captured in zip(entries, reports[1][stage], strict=True):
+            assert captured.get("losses", []) == pytest.approx(plain.get("losses", []), rel=1e-4), stage

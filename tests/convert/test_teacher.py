@@ -35,6 +35,14 @@ def bucketed(p, q, k):
     return torch.where(p > 0, p * (p.log() - q.clamp(min=1e-300).log()), 0).sum(-1)
 
 
+def bucketed_of_logits(p, logits, k):
+    """The same with logarithms of q, where its rest is tiny."""
+    kept, log_q = p.topk(k, -1).indices, logits.log_softmax(-1)
+    log_s = log_q.scatter(-1, kept, -torch.inf).logsumexp(-1)
+    p_k, r = p.gather(-1, kept), p.scatter(-1, kept, 0).sum(-1)
+    return (p_k * (p_k.log() - log_q.gather(-1, kept))).sum(-1) + r * (r.log() - log_s)
+
+
 def kept_of(p, k):
     kept, tokens = p.topk(k, -1)
     rest = p.scatter(-1, tokens, 0).sum(-1)
@@ -59,6 +67,20 @@ def test_the_kl_of_what_is_kept_and_its_gradient(k, cap):
         torch.testing.assert_close(want, whole)
     else:
         assert (want < whole).any()
+
+
+def test_a_student_that_rules_out_what_is_not_kept_gets_a_finite_gradient():
+    """Its share of the others is below what fp32 can hold, the teacher's is not."""
+    torch.manual_seed(0)
+    p = torch.randn(4, 30, dtype=torch.float64).softmax(-1)
+    logits = torch.randn(4, 30, dtype=torch.float64)
+    logits.scatter_add_(-1, p.topk(7, -1).indices, torch.full((4, 7), 200.0).double())
+    logits.requires_grad_()
+    want = bucketed_of_logits(p, logits, 7)
+    (right,) = torch.autograd.grad(want.sum(), logits)
+    kl, gradient = top_k_kl_and_gradient(logits.detach().float(), *kept_of(p, 7), 1.0)
+    torch.testing.assert_close(kl.double(), want.detach(), atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), right, atol=1e-4, rtol=1e-4)
 
 
 def test_a_certain_teacher_is_the_next_token_loss():

@@ -1,5 +1,6 @@
 """A quantized model on the fused path gives what its modules give: whole sequences, generation, padding, families."""
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -361,6 +362,30 @@ def test_a_cache_that_is_full_grows_and_nothing_else_changes(make, variant):
     assert torch.equal(small.store.codes, large.store.codes)
 
 
+@pytest.mark.parametrize(("window", "given"), [(8, 1), (8, 3), (128, 3), (0, 1)])
+def test_a_call_that_fails_can_be_made_again(make, monkeypatch, window, given):
+    """As if its tokens had been given and taken back."""
+    model, ids = enable_kernels(make(window=window), "reference"), tokens(1, 20 + given)
+    cache, whole = FusedCache(64), FusedCache(64)
+    steps(model, cache, ids[:, :20], [20])
+    once = steps(model, whole, ids, [20, given])[:, 20:]
+    whole.crop(-given)
+    want = steps(model, whole, ids[:, 20:], [given])
+    if (window, given) != (8, 3):  # else keys that the window had lost come back rounded
+        torch.testing.assert_close(want, once, atol=1e-5, rtol=1e-5)
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    for owner, name in ((model.lm_head, "forward"), (accelerated, "quantize_fp8")):  # as a token is counted, and before
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                steps(model, cache, ids[:, 20:], [given])
+        assert cache.get_seq_length() == int(cache.store.length) == 20
+    assert torch.equal(steps(model, cache, ids[:, 20:], [given]), want)
+
+
 def test_growth_makes_a_captured_step_stale(make):
     model = enable_kernels(make(), "reference")
     cache = FusedCache(1)
@@ -535,6 +560,31 @@ def test_a_cache_of_inference_mode_goes_on_outside_of_it(make):
     cache.reorder_cache(torch.tensor([0]))
     cache.crop(-1)
     torch.testing.assert_close(got, steps(model, FusedCache(8), ids, [100, 1, 48, 1])[:, 100:])
+    cache = FusedCache(8)
+    with torch.inference_mode():
+        model(ids[:, :100], **{cache_name(model): cache})
+        copied = copy.deepcopy(cache)
+    torch.testing.assert_close(got, steps(model, copied, ids[:, 100:], [1, 48, 1]))
+
+
+def test_a_step_captured_in_inference_mode_is_replayed_outside_of_it(make, monkeypatch):
+    """Without a GPU: nothing is captured, but tokens are handed over as they are to a graph."""
+    model, ids = enable_kernels(make(), "reference"), tokens(1, 24)
+    replays = []
+
+    class Graph:
+        def replay(self):
+            replays.append(cache.graph.ids.clone())
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(accelerated, "capture_stream", lambda _: None)
+    model.fused.graphs, cache = True, FusedCache(64)
+    with torch.inference_mode():
+        steps(model, cache, ids[:, :22], [20, 1, 1])
+    assert steps(model, cache, ids[:, 22:], [1, 1]).shape == (1, 2, 96)
+    assert torch.equal(torch.cat(replays, 1), ids[:, 21:])
 
 
 def test_a_call_with_gradients_on_a_cache_computes_without(make):

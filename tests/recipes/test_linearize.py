@@ -445,15 +445,19 @@ def test_layers_can_be_named_in_three_ways():
         (["keep_full=quarter"], "'quarter' names no layers"),
         (["keep_full=[1]", "keep_window=[1]"], "layer 1 cannot be both"),
         (["keep_full=75%", "keep_window=50%"], "more layers are kept than there are"),
-        (["lora.target_modules=[qkv_proj]"], "the model has no 'qkv_proj'"),
+        (["lora.target_modules=[qkv_proj]"], "the model has no linear 'qkv_proj'"),
+        (["lora.target_modules=[input_layernorm]"], "the model has no linear 'input_layernorm'"),
+        (["lora.target_modules=[embed_tokens]", "lora.streamed=true"], "no linear 'embed_tokens' in its layers"),
         (["linear_weight=0", "transfer.window_dropout=0.5"], "passes without a window need the linear branch"),
         (["num_sinks=9", "window_size=10"], "9 sinks leave no window of 10"),
         (["data.seq_len=64"], "rows of 64 tokens never leave a window of 64"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_weights_load(overrides, message):
+    model = facts()
+    model.shapes.update({"model.layers.0.input_layernorm.weight": (32,), "model.embed_tokens.weight": (96, 32)})
     with pytest.raises(KitError, match=message) as error:
-        load_recipes("lolcats", overrides)[0].plan(facts())
+        load_recipes("lolcats", overrides)[0].plan(model)
     assert error.value.exit_code == ExitCode.USAGE
 
 
