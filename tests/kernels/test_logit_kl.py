@@ -51,6 +51,5 @@ def test_the_kernel_in_bf16_on_a_real_vocabulary():
     kl, gradient = truth(logits, teacher, 0.3)
     found = kernel.kl_and_gradient_in_place(logits, teacher, 0.3)
     torch.testing.assert_close(found[0].double(), kl, atol=1e-4, rtol=1e-4)
-    assert (
-        float((found[1].double() - gradient).norm() / gradient.norm()) < 5e-3
-    )  # half of the last bit of bf16, or all of it in the interpreter, which truncates
+    error = float((found[1].double() - gradient).norm() / gradient.norm())
+    assert error < 5e-3  # bf16 rounds to 1.7e-3; the interpreter truncates, to 4e-3
