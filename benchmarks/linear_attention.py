@@ -4,10 +4,11 @@
 
 Every figure is the median of CUDA-graph replays, bf16, 32 heads of 128, random data. `roofline` is the least time that
 reading the inputs and writing the outputs once takes at the measured copy bandwidth, as a share of what was measured.
-`first_s` is the first call: compiling, if it is the first of its kernel and Triton's cache is cold, and no tuning, as
-the kernels ship one cut a shape. `memory` rows: what a forward pass keeps for the backward pass, and the peak of both.
-Peers that are not installed are left out. `--only` picks parts, and `--warm` makes each call once and times none: run
-parts so in processes of their own to compile them side by side.
+`first_s` is the first call: compiling, where Triton's cache is cold (`compiled` kernels, the slowest in `slowest_s`),
+and no tuning, as the kernels ship one cut a shape (flash-linear-attention tunes itself then). `memory` rows: what a
+forward pass keeps for the backward pass, and the peak of both. Decoding rotates among layers, so that no state or cache
+stays in the L2. Peers that are not installed are left out. `--only` picks parts, and `--warm` makes each call once and
+times none: run parts so in processes of their own to compile them side by side.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from kit.kernels.linear_attention.decode_ops import HybridState, hybrid_step
@@ -42,6 +44,7 @@ def main() -> None:
         "decode": decode,
         "memory": memory,
         "sdpa": sdpa,
+        "sdpa-decode": sdpa_decode,
         "fla": fla,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,26 +55,34 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/linear_attention.py measures on a GPU, and torch sees none")
-    bench = Bench(1e12 if options.warm else copy_bandwidth(), options.warm, options.short or options.warm)
-    print(f"{torch.cuda.get_device_name()}, copy {bench.bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
+    bandwidth = 1e12 if options.warm else copy_bandwidth()
+    bench = Bench(bandwidth, options.output, options.warm, options.short or options.warm)
+    print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
     for part in options.only.split(","):
         parts[part](bench)
-        if options.output:
-            options.output.write_text(json.dumps(bench.rows, indent=1))
 
 
 class Bench:
-    """Times calls and keeps what they took."""
+    """Times calls and keeps what they took, in a file as well."""
 
-    def __init__(self, bandwidth: float, warm: bool = False, short: bool = False) -> None:
-        self.bandwidth, self.warm, self.short, self.rows = bandwidth, warm, short, []
+    def __init__(self, bandwidth: float, output: Path | None, warm: bool, short: bool) -> None:
+        self.bandwidth, self.output, self.warm, self.short, self.rows = bandwidth, output, warm, short, []
+        self.compiled: list[float] = []  # seconds of each compilation since a call began
+        triton.knobs.compilation.listener = self._listen
+
+    def _listen(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            self.compiled.append(times.total / 1e6)
 
     def time(self, name: str, call: Callable[[], Any], num_bytes: float, tokens: int, repeat: int = 1) -> None:
         """Time a call that does something `repeat` times, and print microseconds for one."""
+        self.compiled.clear()
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
         row: dict[str, Any] = {"name": name, "first_s": round(time.perf_counter() - start, 2)}
+        if self.compiled:
+            row |= {"compiled": len(self.compiled), "slowest_s": round(max(self.compiled), 2)}
         if not self.warm:
             torch.cuda.empty_cache()
             micros = (replay(call) if tokens < MILLION else clock(call)) / repeat
@@ -86,6 +97,8 @@ class Bench:
         """Keep a row and print it."""
         self.rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if self.output:
+            self.output.write_text(json.dumps(self.rows, indent=1))
 
 
 def replay(call: Callable[[], Any], replays: int = 20) -> float:
@@ -168,7 +181,9 @@ def gated_calls(x: dict[str, Tensor]) -> Calls:
     """Calls by name, and what they have gradients for."""
     q, k, v, gate = x["q"], x["k"], x["v"], x["gate"]
     gated = lambda: gated_linear_attention(q, k, v, gate, normalize=False, scale=0.1)[0]  # noqa: E731
+    plain = lambda: gated_linear_attention(q, k, v, normalize=False, scale=0.1)[0]  # noqa: E731
     return {
+        "no gate": (plain, ("q", "k", "v")),
         "gated": (gated, ("q", "k", "v")),
         "gated, gate learned": (gated, ("q", "k", "v", "gate")),
         "linear with denominator": (lambda: gated_linear_attention(q, k, v)[0], ("q", "k", "v")),
@@ -220,8 +235,22 @@ def sdpa(bench: Bench) -> None:
             bench.time(f"SDPA {shape} with backward", both_ways(call, leaves, x["do"]), 12 * size, tokens)
 
 
+def sdpa_decode(bench: Bench, layers: int = 4) -> None:
+    """One query a sequence against caches of 8 heads."""
+    for length in (2048, 32768, 131072):
+        count = layers * max(1, 32768 // length)
+        q = torch.randn(1, HEADS, 1, DIM, device="cuda").bfloat16()
+        caches = [torch.randn(2, 1, 8, length, DIM, device="cuda").bfloat16() for _ in range(count)]
+
+        def run(q=q, caches=caches) -> None:
+            for k, v in caches:
+                F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+        bench.time(f"decode, SDPA at {length}", run, caches[0].numel() * 2, 1, repeat=count)
+
+
 def fla(bench: Bench) -> None:
-    """flash-linear-attention's gated kernel and its linear attention, which tune themselves on their first call."""
+    """flash-linear-attention: gated, without a gate, and with a denominator; it tunes itself on the first calls."""
     try:
         from fla.ops.linear_attn import chunk_linear_attn
         from fla.ops.simple_gla import chunk_simple_gla
@@ -231,13 +260,21 @@ def fla(bench: Bench) -> None:
     x = inputs(4, 4096, backward=True)
     size, tokens = x["q"].numel() * 2, 4 * 4096
     q, k, v, gate = (x[name].detach().transpose(1, 2).contiguous() for name in ("q", "k", "v", "gate"))
-    call = lambda: chunk_simple_gla(q, k, v, g=gate, scale=0.1)[0]  # noqa: E731
-    bench.time("fla chunk_simple_gla 4 x 4096", call, 4 * size, tokens)
-    positive = q.abs(), k.abs()
-    linear = lambda: chunk_linear_attn(*positive, v, normalize=True)[0]  # noqa: E731
-    bench.time("fla chunk_linear_attn 4 x 4096", linear, 4 * size, tokens)
-    run = both_ways(call, [q, k, v, gate], x["do"].transpose(1, 2).contiguous())
-    bench.time("fla chunk_simple_gla 4 x 4096 with backward", run, 12 * size, tokens)
+    positive, d_out = (q.abs(), k.abs(), v), x["do"].transpose(1, 2).contiguous()
+    calls: Calls = {
+        "chunk_simple_gla": (lambda: chunk_simple_gla(q, k, v, g=gate, scale=0.1)[0], ()),
+        "chunk_simple_gla, no gate": (lambda: chunk_simple_gla(q, k, v, scale=0.1)[0], ()),
+        "chunk_linear_attn": (lambda: chunk_linear_attn(*positive, normalize=True)[0], ()),
+    }
+    leaves = {"chunk_simple_gla": [q, k, v, gate], "chunk_simple_gla, no gate": [q, k, v]}
+    for backward in (False, True):
+        for name, (call, _) in calls.items():
+            text = f"fla {name} 4 x 4096" + (" with backward" if backward else "")
+            try:
+                run = both_ways(call, leaves.get(name, list(positive)), d_out) if backward else call
+                bench.time(text, run, (12 if backward else 4) * size, tokens)
+            except RuntimeError as error:  # it refuses gated gradients on Hopper for a fault of Triton before 3.7.1
+                bench.note({"name": text, "refused": str(error)})
 
 
 def memory(bench: Bench) -> None:
@@ -264,28 +301,28 @@ def memory(bench: Bench) -> None:
 
 
 def decode(bench: Bench, layers: int = 20) -> None:
-    """One decoding step of one layer; each of `layers` layers has a state of its own, so none stays in the cache."""
+    """One decoding step of one layer, with 4 sinks and without."""
     x = inputs(1, 64)
     for map_heads in (HEADS, 8):
-        for batch in (1, 16, 128):
+        for batch in (1, 16, 128, 512):
             q = torch.randn(batch, HEADS, DIM, device="cuda").bfloat16()
             k, v = (torch.randn(batch, 8, DIM, device="cuda").bfloat16() for _ in range(2))
             maps = (x["map_q"], x["map_k"][:map_heads].contiguous())
-            states = [
-                HybridState.empty(k, v, map_heads=map_heads, features=DIM, window_size=WINDOW, num_sinks=4)
-                for _ in range(layers)
-            ]
-            position = torch.full((batch,), 1000, dtype=torch.int32, device="cuda")
-
             log_g = x["factor"].log()
+            for sinks in (4, 0) if batch == 1 else (4,):
+                shape = {"map_heads": map_heads, "features": DIM, "window_size": WINDOW, "num_sinks": sinks}
+                states = [HybridState.empty(k, v, **shape) for _ in range(layers if batch < 512 else 4)]
+                moved = 2 * states[0].states.numel() * 4 + (states[0].ring_k.numel() + states[0].ring_v.numel()) * 2
+                moved += (maps[0].numel() + maps[1].numel()) * 2
+                for place in (1_000, 1_000_000) if batch == 1 else (1_000,):
+                    position = torch.full((batch,), place, dtype=torch.int32, device="cuda")
 
-            def run(q=q, k=k, v=v, maps=maps, log_g=log_g, states=states, position=position) -> None:
-                for state in states:
-                    hybrid_step(q, k, v, *maps, log_g, state, position, scale=DIM**-0.5)
+                    def run(q=q, k=k, v=v, maps=maps, log_g=log_g, states=states, position=position) -> None:
+                        for state in states:
+                            hybrid_step(q, k, v, *maps, log_g, state, position, scale=DIM**-0.5)
 
-            moved = 2 * states[0].states.numel() * 4 + (states[0].ring_k.numel() + states[0].ring_v.numel()) * 2
-            moved += (maps[0].numel() + maps[1].numel()) * 2
-            bench.time(f"decode, {map_heads} states, batch {batch}", run, moved, batch, repeat=layers)
+                    name = f"decode, {map_heads} states, {sinks} sinks, batch {batch}, position {place}"
+                    bench.time(name, run, moved, batch, repeat=len(states))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def softmax_pair(z):
     """softmax(z) and softmax(-z) over the last dimension, fp32, at least 1e-12."""
     up = tl.exp(z - tl.max(z, 1)[:, None])
     down = tl.exp(tl.min(z, 1)[:, None] - z)
-    up = up / tl.sum(up, 1)[:, None]
-    down = down / tl.sum(down, 1)[:, None]
+    up *= (1.0 / tl.sum(up, 1))[:, None]
+    down *= (1.0 / tl.sum(down, 1))[:, None]
     return tl.maximum(up, 1e-12), tl.maximum(down, 1e-12)
 
 

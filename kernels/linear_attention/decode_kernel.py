@@ -2,7 +2,8 @@
 
 The ring holds window_size + 1 keys: the key that leaves the window and the one that enters it have a slot each, so no
 program overwrites what another still reads. Sums have two copies for the same reason: a step reads one, and writes the
-other. Positions are read from device memory, so a CUDA graph of a step can be replayed.
+other. Positions are read from device memory, so a CUDA graph of a step can be replayed. On Hopper a step starts before
+the kernel before it has ended, and until then only asks for memory (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -12,8 +13,21 @@ from kit.kernels.linear_attention.blocks import dot, load_map, softmax_pair
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
+
+
+ASK = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
+
+
+@triton.jit
+def ask(pointer, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Have a (ROWS, WIDTH) matrix brought to the L2 cache. Nothing is read, so it may still be written."""
+    LINE: tl.constexpr = 128 * 8 // pointer.dtype.element_ty.primitive_bitwidth
+    for line in tl.static_range((WIDTH + LINE - 1) // LINE):
+        at = pointer + tl.arange(0, ROWS).to(tl.int64) * stride + line * LINE
+        tl.inline_asm_elementwise(ASK, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -57,7 +71,7 @@ def hybrid_step(
     HAS_META: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
-    SLOTS: tl.constexpr,
+    KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -65,6 +79,7 @@ def hybrid_step(
     BV: tl.constexpr,
     PRECISION: tl.constexpr,
     STATE_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token of each sequence; a program has BV value columns of one state and of the QUERIES heads that read it.
 
@@ -78,40 +93,44 @@ def hybrid_step(
         ring_k, ring_v: (B, G, WINDOW + 1, DIM) and (B, G, WINDOW + 1, V), updated.
         states, sums: (B, L, 2·HALF, V) and (2, B, L, 2·HALF) fp32, updated.
         out: (B, H, V).
+        KEYS: WINDOW + SINKS or more, a power of 2.
+        EARLY: it is launched before the kernel before it has ended, and asks for the state and the maps while it waits.
     """
     value_block = tl.program_id(0)
     map_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     key_head = map_head // (map_heads // key_heads)
-    seen = tl.load(position + batch)
+    state_head = batch * map_heads + map_head
     wide = tl.arange(0, DIM)
     half = tl.arange(0, HALF)
     columns = value_block * BV + tl.arange(0, BV)
     query = tl.arange(0, 16)  # rows of a tile of the tensor cores; QUERIES of them are real
     real = query < QUERIES
     heads = map_head * QUERIES + query
-    k += batch * k_batch + key_head * k_head
-    v += batch * v_batch + key_head * v_head
-    q += batch * q_batch
     ring = (batch * key_heads + key_head) * (WINDOW + 1)
     ring_k += ring * DIM
     ring_v += ring * V
-    state_head = batch * map_heads + map_head
+    states += state_head * (2 * HALF * V)
+    if EARLY:
+        if HAS_LINEAR:
+            ask(states + value_block * BV, V, 2 * HALF, BV)
+            ask(map_k + map_head.to(tl.int64) * DIM * HALF, HALF, DIM, HALF)
+            for number in tl.static_range(QUERIES):
+                ask(map_q + (map_head * QUERIES + number).to(tl.int64) * DIM * HALF, HALF, DIM, HALF)
+        gdc_wait()
+        gdc_launch_dependents()
     # Everything is read before anything is written, so that loads need not wait for stores, and what the position
     # does not decide is read first, so that it is under way while the position comes.
+    seen = tl.load(position + batch)
+    k += batch * k_batch + key_head * k_head
+    v += batch * v_batch + key_head * v_head
+    q += batch * q_batch
     x = tl.load(q + heads[:, None] * q_head + wide[None, :], mask=real[:, None], other=0.0)
-    new_k = tl.load(k + wide)
-    new_v = tl.load(v + columns)
     if HAS_LINEAR:
-        at = states + state_head * (2 * HALF * V) + half[:, None] * V + columns[None, :]
+        at = states + half[:, None] * V + columns[None, :]
         state0 = tl.load(at)
         state1 = tl.load(at + HALF * V)
-        map = load_map(map_k, map_head, DIM, HALF)
-        z = tl.zeros([16, HALF], tl.float32)
-        for number in tl.static_range(QUERIES):
-            row = tl.load(q + (map_head * QUERIES + number) * q_head + wide).to(tl.float32)
-            weights = load_map(map_q, map_head * QUERIES + number, DIM, HALF).to(tl.float32)
-            z += tl.where(query[:, None] == number, tl.sum(row[:, None] * weights, 0)[None, :], 0.0)
+        of_keys = load_map(map_k, map_head, DIM, HALF)
         stride = tl.num_programs(2).to(tl.int64) * map_heads * (2 * HALF)
         at_sum = sums + state_head * (2 * HALF) + half
         sum0 = tl.load(at_sum + (seen % 2) * stride)
@@ -120,40 +139,32 @@ def hybrid_step(
         slot = (seen + 1) % (WINDOW + 1)  # of the key that leaves the window, if one does
         old_k = tl.load(ring_k + slot * DIM + wide).to(tl.float32)
         old_v = tl.load(ring_v + slot * V + columns).to(tl.float32)
-    if HAS_WINDOW:
-        slots = tl.arange(0, SLOTS)
-        back = (seen % (WINDOW + 1)) - slots  # how long ago a slot was written: 0 is this step's
-        back = tl.where(back < 0, back + WINDOW + 1, back)
-        there = (slots <= WINDOW) & (back > 0) & (back < WINDOW) & (back <= seen)
-        keys = tl.load(ring_k + slots[:, None] * DIM + wide[None, :], mask=there[:, None], other=0.0)
-        values = tl.load(ring_v + slots[:, None] * V + columns[None, :], mask=there[:, None], other=0.0)
+    if HAS_WINDOW:  # by age: this step's key, those of the ring, then sinks that have left the window
+        age = tl.arange(0, KEYS)
+        slots = seen % (WINDOW + 1) - age
+        slots = tl.where(slots < 0, slots + WINDOW + 1, slots)
+        at_k = tl.where((age == 0)[:, None], k + wide[None, :], ring_k + slots[:, None] * DIM + wide[None, :])
+        at_v = tl.where((age == 0)[:, None], v + columns[None, :], ring_v + slots[:, None] * V + columns[None, :])
+        there = (age < WINDOW) & (age <= seen)
+        if SINKS > 0:
+            sink = age - WINDOW
+            sinks = (batch * key_heads + key_head) * SINKS
+            is_sink = (sink >= 0) & (sink < SINKS)
+            at_k = tl.where(is_sink[:, None], sink_k + (sinks + sink)[:, None] * DIM + wide[None, :], at_k)
+            at_v = tl.where(is_sink[:, None], sink_v + (sinks + sink)[:, None] * V + columns[None, :], at_v)
+            there = there | (is_sink & (seen - sink >= WINDOW))
+        keys = tl.load(at_k, mask=there[:, None], other=0.0)
+        values = tl.load(at_v, mask=there[:, None], other=0.0)
         log_g = tl.load(log_factor + heads, mask=real, other=0.0)
         s = dot(x, tl.trans(keys), PRECISION) * scale + log_g[:, None]
         s = tl.where(there[None, :], s, -float("inf"))
-        now = tl.sum(x.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * scale + log_g
-        top = tl.maximum(tl.max(s, 1), now)
+        top = tl.max(s, 1)
         if HAS_META:
             memory = tl.load(meta + heads, mask=real, other=0.0) + log_g
             top = tl.maximum(top, memory)
-        if SINKS > 0:
-            sinks = (batch * key_heads + key_head) * SINKS
-            sink_k += sinks * DIM
-            sink_v += sinks * V
-            sink = tl.arange(0, 16)
-            far = (sink < SINKS) & (seen - sink >= WINDOW)
-            first_k = tl.load(sink_k + sink[:, None] * DIM + wide[None, :], mask=far[:, None], other=0.0)
-            first_v = tl.load(sink_v + sink[:, None] * V + columns[None, :], mask=far[:, None], other=0.0)
-            s_sink = dot(x, tl.trans(first_k), PRECISION) * scale + log_g[:, None]
-            s_sink = tl.where(far[None, :], s_sink, -float("inf"))
-            top = tl.maximum(top, tl.max(s_sink, 1))
         p = tl.exp(s - top[:, None])
-        p_now = tl.exp(now - top)
-        total = tl.sum(p, 1) + p_now
-        y = dot(p.to(values.dtype), values, PRECISION) + p_now[:, None] * new_v.to(tl.float32)[None, :]
-        if SINKS > 0:
-            p = tl.exp(s_sink - top[:, None])
-            total += tl.sum(p, 1)
-            y += dot(p.to(first_v.dtype), first_v, PRECISION)
+        total = tl.sum(p, 1)
+        y = dot(p.to(values.dtype), values, PRECISION)
         if HAS_META:
             total += tl.exp(memory - top)
     else:
@@ -161,44 +172,52 @@ def hybrid_step(
         total = tl.zeros([16], tl.float32)
         y = tl.zeros([16, BV], tl.float32)
     if HAS_LINEAR:
-        k0, k1 = map_row(old_k, map)
+        k0, k1 = map_row(old_k, of_keys)
         k0 = tl.where(leaves, k0, 0.0)
         k1 = tl.where(leaves, k1, 0.0)
-        state0 += k0[:, None] * old_v[None, :]
-        state1 += k1[:, None] * old_v[None, :]
-        sum0 += k0
-        sum1 += k1
-        q0, q1 = softmax_pair(z)
-        past = tl.sum(q0 * sum0[None, :] + q1 * sum1[None, :], 1)
+        # Queries meet the state as it was, and the key that enters it on its own: neither waits for the other.
         if QUERIES == 1:
-            lone0 = tl.sum(tl.where(query[:, None] == 0, q0, 0.0), 0)
-            lone1 = tl.sum(tl.where(query[:, None] == 0, q1, 0.0), 0)
-            y_past = tl.sum(lone0[:, None] * state0 + lone1[:, None] * state1, 0)[None, :]
+            row = tl.load(q + map_head * q_head + wide).to(tl.float32)
+            q0, q1 = map_row(row, load_map(map_q, map_head, DIM, HALF))
+            past = tl.sum(q0 * (sum0 + k0) + q1 * (sum1 + k1), 0)
+            share = tl.sum(q0 * k0 + q1 * k1, 0)
+            y_past = tl.sum(q0[:, None] * state0 + q1[:, None] * state1, 0) + share * old_v
+            y_past = y_past[None, :]
         else:
+            z = tl.zeros([16, HALF], tl.float32)
+            for number in tl.static_range(QUERIES):
+                row = tl.load(q + (map_head * QUERIES + number) * q_head + wide).to(tl.float32)
+                weights = load_map(map_q, map_head * QUERIES + number, DIM, HALF).to(tl.float32)
+                z += tl.where(query[:, None] == number, tl.sum(row[:, None] * weights, 0)[None, :], 0.0)
+            q0, q1 = softmax_pair(z)
+            past = tl.sum(q0 * (sum0 + k0)[None, :] + q1 * (sum1 + k1)[None, :], 1)
+            share = tl.sum(q0 * k0[None, :] + q1 * k1[None, :], 1)
             y_past = tl.dot(q0, state0, input_precision=STATE_PRECISION)
-            y_past = tl.dot(q1, state1, y_past, input_precision=STATE_PRECISION)
+            y_past = tl.dot(q1, state1, y_past, input_precision=STATE_PRECISION) + share[:, None] * old_v[None, :]
         higher = tl.maximum(top, tl.where(past > 0, log_linear, -1e30))
         share = tl.where(past > 0, tl.exp(tl.minimum(log_linear - higher, 0.0)), 0.0)
         y = y * tl.exp(top - higher)[:, None] + share[:, None] * y_past
         total = total * tl.exp(top - higher) + share * past
-        tl.store(at, state0)
-        tl.store(at + HALF * V, state1)
+        tl.store(at, state0 + k0[:, None] * old_v[None, :])
+        tl.store(at + HALF * V, state1 + k1[:, None] * old_v[None, :])
         if value_block == 0:
-            tl.store(at_sum + ((seen + 1) % 2) * stride, sum0)
-            tl.store(at_sum + ((seen + 1) % 2) * stride + HALF, sum1)
+            tl.store(at_sum + ((seen + 1) % 2) * stride, sum0 + k0)
+            tl.store(at_sum + ((seen + 1) % 2) * stride + HALF, sum1 + k1)
     y = y / tl.where(total == 0, 1.0, total)[:, None]
     at_out = (batch * map_heads * QUERIES + heads)[:, None] * V + columns[None, :]
     tl.store(out + at_out, y.to(out.dtype.element_ty), mask=real[:, None])
     if map_head % (map_heads // key_heads) == 0:
         slot = seen % (WINDOW + 1)
+        new_k = tl.load(k + wide)
+        new_v = tl.load(v + columns)
         tl.store(ring_v + slot * V + columns, new_v)
         if value_block == 0:
             tl.store(ring_k + slot * DIM + wide, new_k)
         if SINKS > 0 and HAS_WINDOW:
             if seen < SINKS:
-                tl.store(sink_v + seen * V + columns, new_v)
+                tl.store(sink_v + (sinks + seen) * V + columns, new_v)
                 if value_block == 0:
-                    tl.store(sink_k + seen * DIM + wide, new_k)
+                    tl.store(sink_k + (sinks + seen) * DIM + wide, new_k)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from kit.kernels.linear_attention.blocks import load_map
 from kit.kernels.linear_attention.decode_kernel import gated_step as gated_step_kernel
 from kit.kernels.linear_attention.decode_kernel import hybrid_step as hybrid_step_kernel
 from kit.kernels.linear_attention.launch import SLOTS, namespace, on_device_of, refuse_dims, triton
+from kit.kernels.linear_attention.reference import check_heads
 
 NAMESPACE = namespace(__file__, hybrid_step_kernel, load_map)
 
@@ -63,6 +64,17 @@ def _cut(width: int, states: int, queries: int) -> tuple[int, int]:
     return min(width, 128), 4 if queries == 1 else 8
 
 
+def _check_state(tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Refuse tensors that do not have the shape beside them: the kernels would read and write beyond them.
+
+    Raises:
+        ValueError: naming one and its shape.
+    """
+    for name, (x, shape) in tensors.items():
+        if x.shape != shape:
+            raise ValueError(f"{name} of {shape} is needed, got {tuple(x.shape)}")
+
+
 @torch.library.custom_op(
     f"{NAMESPACE}::hybrid_step", mutates_args=("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v")
 )
@@ -89,6 +101,7 @@ def _hybrid_step(
     map_heads, width, window = map_k.shape[0], v.shape[-1], ring_k.shape[2] - 1
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
     columns, warps = _cut(width, batch * map_heads, heads // map_heads)
+    early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
     with on_device_of(q):
         hybrid_step_kernel[(width // columns, map_heads, batch)](
             q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
@@ -96,11 +109,10 @@ def _hybrid_step(
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k.shape[1], map_heads, scale,
             math.log(linear_weight) if linear_weight > 0 else 0.0,
             HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None,
-            SINKS=sink_k.shape[2], WINDOW=window, SLOTS=max(triton.next_power_of_2(window + 1), 16),
-            QUERIES=heads // map_heads, DIM=dim,
-            HALF=map_q.shape[-1], V=width, BV=columns,
+            SINKS=sink_k.shape[2], WINDOW=window, KEYS=max(triton.next_power_of_2(window + sink_k.shape[2]), 16),
+            QUERIES=heads // map_heads, DIM=dim, HALF=map_q.shape[-1], V=width, BV=columns,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
-            num_warps=warps,
+            EARLY=early, num_warps=warps, launch_pdl=early,
         )  # fmt: skip
     return out
 
@@ -141,8 +153,23 @@ def hybrid_step(
         (B, H, V).
 
     Raises:
-        ValueError: on unsupported dims, naming them.
+        ValueError: on shapes that do not fit or that are not supported, naming them.
     """
+    check_heads(q[:, :, None], k[:, :, None], v[:, :, None], feature_map_q, feature_map_k)
+    (batch, heads, dim), kv_heads, width = q.shape, k.shape[1], v.shape[-1]
+    slots, sinks, (map_heads, _, half) = state.ring_k.shape[2], state.sink_k.shape[2], feature_map_k.shape
+    _check_state(
+        {
+            "ring_k": (state.ring_k, (batch, kv_heads, slots, dim)),
+            "ring_v": (state.ring_v, (batch, kv_heads, slots, width)),
+            "sink_k": (state.sink_k, (batch, kv_heads, sinks, dim)),
+            "sink_v": (state.sink_v, (batch, kv_heads, sinks, width)),
+            "states": (state.states, (batch, map_heads, 2 * half, width)),
+            "sums": (state.sums, (2, batch, map_heads, 2 * half)),
+            "position": (position, (batch,)),
+            "log_window_factor": (log_window_factor, (heads,)),
+        }
+    )
     dims = {"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": 2 * feature_map_q.shape[-1]}
     if reason := refuse_dims(**dims):
         raise ValueError(reason)
@@ -225,7 +252,15 @@ def gated_step(
 
     Returns:
         (B, H, V).
+
+    Raises:
+        ValueError: on shapes that do not fit or that are not supported, naming them.
     """
+    check_heads(q[:, :, None], k[:, :, None], v[:, :, None], feature_map_q, feature_map_k)
+    batch, heads, features = *q.shape[:2], q.shape[2] if feature_map_q is None else 2 * feature_map_q.shape[-1]
+    state = {"states": (states, (batch, heads, features, v.shape[-1])), "sums": (sums, (2, batch, heads, features))}
+    gate_shape = {} if log_gate is None else {"log_gate": (log_gate, (batch, heads))}
+    _check_state({**state, **gate_shape, "position": (position, (batch,))})
     if reason := refuse_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]}):
         raise ValueError(reason)
     gate = None if log_gate is None else log_gate.float()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kit.kernels.linear_attention.gated_reference import channel_gated_linear_attention as channel_gated_reference
+from kit.kernels.linear_attention.gated_reference import check_gated_shapes
 from kit.kernels.linear_attention.gated_reference import gated_delta_rule as delta_rule_reference
 from kit.kernels.linear_attention.gated_reference import gated_linear_attention as gated_reference
 from kit.kernels.linear_attention.reference import check_shapes, sequence_bounds
@@ -93,7 +94,8 @@ def hybrid_attention(
     maps = (feature_map_q, feature_map_k)
     state, segments = options.get("state"), segment_ids
     whole_only = options.get("terrace", False) or options.get("num_sinks", 0) > 0
-    check_shapes(q, k, *maps, window_size, state, segments, whole_only=whole_only)
+    per_head = (window_factor, options.get("meta_logit"))
+    check_shapes(q, k, v, *maps, per_head, window_size, state, segments, whole_only=whole_only)
     bounds = None
     if ops is not None:
         learned = (q, k, v, *maps, window_factor, options.get("meta_logit"), state)
@@ -168,9 +170,10 @@ def gated_linear_attention(
     """Attend through a decaying state; `gated_reference.gated_linear_attention` has the equation and all options.
 
     Raises:
-        ValueError: on shapes that `backend="triton"` cannot take, naming them.
+        ValueError: on shapes that do not fit, or that `backend="triton"` cannot take, naming them.
     """
     ops = _chosen(backend, v)
+    check_gated_shapes(q, k, v, log_gate, feature_map_q, feature_map_k, options.get("state"), options.get("bounds"))
     if ops is not None:
         reason = ops.gated_unsupported(q, v, feature_map_q)
         if options.get("return_state") and not options.get("normalize", True):

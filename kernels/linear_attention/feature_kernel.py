@@ -16,16 +16,22 @@ def map_forward(
     x,
     maps,
     out,
+    sums,
     x_batch,
     x_head,
     x_time,
     num_rows,
+    num_zero,
+    HAS_SUMS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(B, H, T, DIM) -> (B, H, T, 2·HALF), contiguous."""
+    """(B, H, T, DIM) -> (B, H, T, 2·HALF), contiguous.
+
+    With HAS_SUMS the first `num_zero` rows are zero, and `sums` (B, H, blocks, 2·HALF) fp32 are those of each block.
+    """
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     time = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
@@ -33,9 +39,18 @@ def map_forward(
     weights = load_map(maps, head, DIM, HALF)
     rows = load_block(x + batch * x_batch + head.to(tl.int64) * x_head, time, x_time, ok, DIM)
     first, second = softmax_pair(dot(rows, weights, PRECISION))
+    if HAS_SUMS:
+        kept = ok & (time >= num_zero)
+        first = tl.where(kept[:, None], first, 0.0)
+        second = tl.where(kept[:, None], second, 0.0)
     at = ((batch * tl.num_programs(1) + head) * num_rows + time[:, None]) * (2 * HALF) + tl.arange(0, HALF)[None, :]
     tl.store(out + at, first.to(out.dtype.element_ty), mask=ok[:, None])
     tl.store(out + at + HALF, second.to(out.dtype.element_ty), mask=ok[:, None])
+    if HAS_SUMS:
+        at_sum = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tl.program_id(0)
+        at_sum = sums + at_sum * (2 * HALF) + tl.arange(0, HALF)
+        tl.store(at_sum, tl.sum(first, 0))
+        tl.store(at_sum + HALF, tl.sum(second, 0))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from kit.kernels.linear_attention.launch import (
     row_products,
     rows_contiguous,
 )
-from kit.kernels.linear_attention.recurrence_kernel import gate_gradient, recurrence
+from kit.kernels.linear_attention.recurrence_kernel import KEEP_EVERY, gate_gradient, recurrence
 from kit.kernels.linear_attention.recurrence_ops import Recurrence, cumulated, map_features, map_gradient
 
 NAMESPACE = namespace(__file__, recurrence, map_backward, scan_states, Recurrence.run, row_products)
@@ -50,11 +50,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output, the denominators (B, H, T), and the state (N, H, V, F) and its sum (N, H, F) at the end."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    sums: Tensor | None = None
     if map_q is not None and map_k is not None:
-        q, k = map_features(q, map_q), map_features(k, map_k)
+        q, _ = map_features(q, map_q)
+        if normalize and log_gate is None and bounds is None:
+            k, sums = map_features(k, map_k, rows_a_sum=Blocks.recurrence(v.dtype, q.shape[-1], v.shape[-1]).rows)
+        else:
+            k, _ = map_features(k, map_k)
     call = _prepare(q, v, log_gate, bounds)
     first = None if state is None or state_sum is None else (state, state_sum)
-    out, mass, last, last_sum = call.run(q, k, v, scale=scale, normalize=normalize, first=first, want_last=want_last)
+    out, mass, last, last_sum = call.run(
+        q, k, v, scale=scale, normalize=normalize, first=first, key_sums=sums, want_last=want_last
+    )
     return out, torch.empty(0, device=q.device) if mass is None else mass, last, last_sum
 
 
@@ -101,7 +108,7 @@ def _backward(
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     x, y = q, k
     if map_q is not None and map_k is not None:
-        q, k = map_features(q, map_q), map_features(k, map_k)
+        (q, _), (k, _) = map_features(q, map_q), map_features(k, map_k)
     call = _prepare(q, v, log_gate, bounds)
     d_out = rows_contiguous(d_out.to(v.dtype))
     shape = (call.batch, call.heads, call.rows)
@@ -114,22 +121,20 @@ def _backward(
     last = None if d_last is None or d_last_sum is None else (d_last.contiguous(), d_last_sum.contiguous())
     added = extra if normalize or last is not None else None
     features, width = q.shape[-1], v.shape[-1]
-    parts: list[dict[str, Tensor]] = [{}, {}, {}]
-    terms = ("", "", "")
+    parts: list[dict[str, Tensor]] = [{}, {}]
+    terms = ("", "")
     if gate_needs_grad:
         assert call.through is not None
-        terms = ("q", "k", "v")
-        f_terms = features // Blocks.recurrence(v.dtype, width, features).values
-        v_terms = width // Blocks.recurrence(v.dtype, features, width).values
+        terms = ("q", "k")
+        num_terms = features // Blocks.recurrence(v.dtype, width, features).values
         kept = (call.sequences, call.num_kept, call.heads)
         states = torch.empty(*kept, features, width, dtype=v.dtype, device=q.device)
         sums = torch.empty(*kept, features, **fp32)
-        rows_q, rows_k, pairs = (torch.zeros(n, *shape, **fp32) for n in (f_terms, f_terms, v_terms))
-        across = torch.zeros(f_terms, *kept, **fp32)
+        rows_q, rows_k = (torch.empty(num_terms, *shape, **fp32) for _ in range(2))
+        across = torch.empty(num_terms, *kept, **fp32)
         parts = [
             {"row_products": rows_q, "block_states": states, "block_sums": sums},
             {"row_products": rows_k, "block_states": states, "block_sums": sums, "across": across},
-            {"pairs": pairs, "extra": extra},
         ]
     first = None if state is None or state_sum is None else (state.mT.contiguous(), state_sum)
     of_queries = None if added is None else ("x", added)
@@ -146,16 +151,16 @@ def _backward(
     d_v, _, d_state, _ = call.run(
         k, q, d_out, reverse=True, weight=("y", weight), first=last, like=v,
         want_last=state is not None,
-        gate_terms=terms[2], companion=v, parts=parts[2],
     )  # fmt: skip
     d_gate = torch.empty(0, **fp32)
     if gate_needs_grad:
         d_gate = torch.zeros(shape, **fp32)
         with on_device_of(q):
-            gate_gradient[(call.sequences * call.num_blocks, call.heads)](
-                rows_q, rows_k, pairs, across, q if bounds is None else bounds, d_gate, d_gate.numel(), call.rows,
-                call.num_blocks, TERMS=f_terms, PAIR_TERMS=v_terms, HAS_BOUNDS=bounds is not None, BT=call.rows_a_block,
-                num_warps=1,
+            gate_gradient[(call.sequences * call.num_kept, call.heads)](
+                rows_q, rows_k, across, q if bounds is None else bounds, d_gate, d_gate.numel(), call.rows,
+                call.num_kept, TERMS=num_terms, HAS_BOUNDS=bounds is not None, CARRY=last is not None,
+                ROWS=KEEP_EVERY.value * call.rows_a_block,
+                num_warps=4,
             )  # fmt: skip
     nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
     d_k, d_v = over_groups(d_k, k), over_groups(d_v, laid_out[2])  # k may be features: maps come after

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.kernels.linear_attention.reference import hedgehog_feature_map
+from kit.kernels.linear_attention.reference import check_heads, check_state, hedgehog_feature_map
 
 BLOCK = 64
 
@@ -56,7 +56,11 @@ def gated_linear_attention(
 
     Returns:
         The output (B, H, T, V) in the dtype of `v`, and the state (N, H, F, V + 1) in fp32 (or None).
+
+    Raises:
+        ValueError: on shapes that do not fit, naming them.
     """
+    check_gated_shapes(q, k, v, log_gate, feature_map_q, feature_map_k, state, bounds)
     kind = torch.promote_types(v.dtype, torch.float32)
     heads, length = q.shape[1:3]
     gates = torch.zeros(1, 1, 1, dtype=kind, device=q.device) if log_gate is None else log_gate.to(kind)
@@ -79,6 +83,21 @@ def gated_linear_attention(
             out[row, :, at] = _divided(part, normalize, scale)
             states.append(last)
     return out.to(v.dtype), torch.stack(states) if return_state else None
+
+
+def check_gated_shapes(q, k, v, log_gate, feature_map_q, feature_map_k, state, bounds) -> None:
+    """Refuse shapes of gated attention that do not fit.
+
+    Raises:
+        ValueError: naming them.
+    """
+    check_heads(q, k, v, feature_map_q, feature_map_k)
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"gated attention takes a key a query, got q {tuple(q.shape)} and k {tuple(k.shape)}")
+    if log_gate is not None and log_gate.shape not in (q.shape[:3], (len(q), 1, q.shape[2])):
+        raise ValueError(f"log_gate {tuple(log_gate.shape)} is no gate a token and head of q {tuple(q.shape)}")
+    features = q.shape[-1] if feature_map_q is None else 2 * feature_map_q.shape[-1]
+    check_state(state, len(q) if bounds is None else len(bounds), q.shape[1], features, v.shape[-1])
 
 
 def _divided(sums: Tensor, normalize: bool, scale: float) -> Tensor:

@@ -110,13 +110,17 @@ def _forward(
         shift = window - before if state is None else 0
         call = _past(q, bounds, window, terrace, shift)
         rows = max(length - (window - before), 0)
-        phi_q = map_features(q[:, :, shift:], map_q)
-        phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), call.bounds, num_sinks)
-        values, first = v[:, :, :rows], None
+        phi_q, _ = map_features(q[:, :, shift:], map_q)
+        values, first, key_sums = v[:, :, :rows], None, None
+        if bounds is None:
+            block = window if terrace else Blocks.recurrence(v.dtype, phi_q.shape[-1], v.shape[-1]).rows
+            phi_k, key_sums = map_features(k[:, :, :rows], map_k, num_sinks, block)
+        else:
+            phi_k = _without_sinks(map_features(k[:, :, :rows], map_k)[0], call.bounds, num_sinks)
         if state is not None and state_sum is not None:  # keys before the first one in the window are in it already
             pad, first = (0, 0, length - rows, 0), (state, state_sum)
-            phi_k, values = F.pad(phi_k, pad), F.pad(values, pad)
-        past, mass, *_ = call.run(phi_q, phi_k, values, normalize=True, first=first, want_last=False)
+            phi_k, values, key_sums = F.pad(phi_k, pad), F.pad(values, pad), None
+        past, mass, *_ = call.run(phi_q, phi_k, values, normalize=True, first=first, key_sums=key_sums, want_last=False)
     assert mass is not None
     flags = _flags(q, v, bounds, window, terrace, num_sinks)
     sequences = batch if bounds is None else bounds.shape[0]
@@ -158,8 +162,8 @@ def _backward(
     scale: float,
     linear_weight: float,
     window_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return gradients of q, k, v, both maps, log g, and the meta logit, sinks' keys and values (empty where absent).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return gradients of q, k, v, both maps, log g, and the meta logit (empty where absent).
 
     The past's weights are a_ij = s_i φq_i·φk_j with s_i = λ exp(-log mass_i), and da_ij = s_i (do_i·v_j - D_i).
     """
@@ -174,7 +178,7 @@ def _backward(
         )
     else:
         absent = inner.new_zeros(0)
-        likes = [absent if x is None else x for x in (q, k, v, log_factor, meta, sink_k, sink_v)]
+        likes = [absent if x is None else x for x in (q, k, v, log_factor, meta)]
         window_grads = [torch.zeros_like(x) for x in likes]
     d_q, d_k, d_v, *others = window_grads
     if linear_weight > 0 and q.shape[2] > window:
@@ -196,27 +200,28 @@ def _past_backward(
     queries, keys, values = q[:, :, window:], k[:, :, :rows], v[:, :, :rows]
     share = (math.log(linear_weight) - log_mass).clamp(max=60.0).exp()
     extra = -share * inner
-    phi_q = map_features(queries, map_q)
-    phi_k = _without_sinks(map_features(keys, map_k), call.bounds, num_sinks)
-    d_phi_q, *_ = call.run(d_out, values, phi_k, weight=("x", share), extra=("x", extra), like=phi_q, want_last=False)
-    d_phi_k, *_ = call.run(
-        values, d_out, phi_q, reverse=True, weight=("y", share), extra=("y", extra), like=phi_k, want_last=False
-    )
+    phi_q, phi_k = map_features(queries, map_q)[0], map_features(keys, map_k)[0]
+    phi_k = _without_sinks(phi_k, call.bounds, num_sinks)
     d_v, *_ = call.run(
         phi_k, phi_q, d_out, reverse=True, weight=("y", share), like=values, add_to=add_to[2], want_last=False
     )
     if d_v is not add_to[2]:
         add_to[2].add_(over_groups(d_v, values))
-    _, d_map_q = map_gradient(queries, map_q, d_phi_q, add_to[0])
-    d_phi_k = _without_sinks(over_groups(d_phi_k, phi_k), call.bounds, num_sinks)
-    _, d_map_k = map_gradient(keys, map_k, d_phi_k, add_to[1])
+    d_phi, *_ = call.run(
+        values, d_out, phi_q, reverse=True, weight=("y", share), extra=("y", extra), like=phi_k, want_last=False
+    )
+    d_phi = _without_sinks(over_groups(d_phi, phi_k), call.bounds, num_sinks)
+    _, d_map_k = map_gradient(keys, map_k, d_phi, add_to[1])
+    del d_phi  # before the other one is made: training's memory peaks here
+    d_phi, *_ = call.run(d_out, values, phi_k, weight=("x", share), extra=("x", extra), like=phi_q, want_last=False)
+    _, d_map_q = map_gradient(queries, map_q, d_phi, add_to[0])
     return [d_map_q, d_map_k]
 
 
 def _window_backward(
     d_out, log_mass, inner, q, k, v, log_factor, meta, sink_k, sink_v, bounds, window, terrace, num_sinks, scale
 ) -> list[Tensor]:
-    """What the window gives q, k, v, log g, the meta logit, and the sinks' keys and values."""
+    """What the window gives q, k, v, log g and the meta logit."""
     batch, heads, length = q.shape[:3]
     dim, width = q.shape[-1], v.shape[-1]
     fp32: Any = {"dtype": torch.float32, "device": q.device}
@@ -249,21 +254,15 @@ def _window_backward(
         window_backward_keys[(num_blocks, heads, sequences)](
             q, k, v, log_factor, at, d_out, log_mass, inner, d_k, d_v, *_strides(d_k, d_v), *shared, **flags
         )
-    nothing = lambda: torch.empty(0, **fp32)  # noqa: E731  (operations may not return one tensor twice)
-    return [
-        d_q,
-        over_groups(d_k, k),
-        over_groups(d_v, v),
-        d_factor.sum((0, 1)),
-        nothing() if meta is None else d_meta.sum((0, 1)),
-        nothing() if sink_k is None else over_groups(d_sink_k.sum(1), sink_k),
-        nothing() if sink_v is None else over_groups(d_sink_v.sum(1), sink_v),
-    ]
+    for d_x, d_sinks in ((d_k, d_sink_k), (d_v, d_sink_v)) if num_sinks else ():
+        _add_to_first_keys(d_x, d_sinks.sum(1)[:, :, :num_sinks], bounds)
+    d_meta = torch.empty(0, **fp32) if meta is None else d_meta.sum((0, 1))
+    return [d_q, over_groups(d_k, k), over_groups(d_v, v), d_factor.sum((0, 1)), d_meta]
 
 
 @_backward.register_fake
-def _(d_out, out, log_mass, q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v, *options):
-    return tuple(like_or_nothing(x, q.device) for x in (q, k, v, map_q, map_k, log_factor, meta, sink_k, sink_v))
+def _(d_out, out, log_mass, q, k, v, map_q, map_k, log_factor, meta, *options):
+    return tuple(like_or_nothing(x, q.device) for x in (q, k, v, map_q, map_k, log_factor, meta))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -272,10 +271,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _differentiate(ctx: Any, d_out: Tensor, *_: Any) -> tuple:
-    *tensors, bounds, out, log_mass = ctx.saved_tensors
-    grads = _backward(d_out, out, log_mass, *tensors, bounds, *ctx.options)
+    *tensors, sink_k, sink_v, bounds, out, log_mass = ctx.saved_tensors
+    grads = _backward(d_out, out, log_mass, *tensors, sink_k, sink_v, bounds, *ctx.options)
     grads = [None if x is None else grad for x, grad in zip(tensors, grads, strict=True)]
-    return *grads, *[None] * 9
+    return *grads, *[None] * 11
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -328,7 +327,7 @@ def hybrid_attention(
         bounds = bounds.to(device=q.device, dtype=torch.int32).contiguous()
     sinks: tuple[Tensor | None, Tensor | None] = (None, None)
     if num_sinks and window_weight > 0:
-        sinks = (_first_keys(k, bounds, num_sinks), _first_keys(v, bounds, num_sinks))
+        sinks = (_first_keys(k.detach(), bounds, num_sinks), _first_keys(v.detach(), bounds, num_sinks))
     first: tuple[Tensor | None, Tensor | None] = (None, None)
     learned = (q, k, v, *maps, window_factor, meta_logit, state)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in learned)
@@ -359,6 +358,17 @@ def _first_keys(x: Tensor, bounds: Tensor | None, count: int) -> Tensor:
     return F.pad(chosen, (0, 0, 0, SINK_ROWS - chosen.shape[2])).contiguous()
 
 
+def _add_to_first_keys(d_x: Tensor, d_sinks: Tensor, bounds: Tensor | None) -> None:
+    """Add (N, H, S, D) to the rows of d_x (B, H, T, D) that `_first_keys` took, in place."""
+    if bounds is None:
+        count = min(d_sinks.shape[2], d_x.shape[2])
+        d_x[:, :, :count] += d_sinks[:, :, :count]
+        return
+    places = (bounds[:, 1:2] + torch.arange(d_sinks.shape[2], device=d_x.device)).clamp(max=d_x.shape[2] - 1).long()
+    rows = bounds[:, :1].long().expand_as(places)
+    d_x.transpose(1, 2).index_put_((rows, places), d_sinks.transpose(1, 2).to(d_x.dtype), accumulate=True)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::hybrid_state", mutates_args=())
 def _state(
     k: Tensor,
@@ -375,7 +385,7 @@ def _state(
     if bounds is not None:
         end = bounds[:, 2].clamp(max=rows)
         bounds = torch.stack([bounds[:, 0], torch.minimum(bounds[:, 1], end), end], 1).contiguous()
-    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k), bounds, num_sinks)
+    phi_k = _without_sinks(map_features(k[:, :, :rows], map_k)[0], bounds, num_sinks)
     call = Recurrence(len(k), len(map_k), rows, bounds=bounds)
     first = None if state is None or state_sum is None else (state, state_sum)
     _, _, last, last_sum = call.run(phi_k, phi_k, v[:, :, :rows], normalize=True, first=first, want_out=False)

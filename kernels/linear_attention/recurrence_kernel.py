@@ -20,7 +20,7 @@ except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 
-KEEP_EVERY = tl.constexpr(2)  # blocks a state that is kept for the gate's gradient
+KEEP_EVERY = tl.constexpr(4)  # blocks a state that is kept for the gate's gradient
 
 
 @triton.jit
@@ -42,51 +42,47 @@ def cumulate_gates(
 def gate_gradient(
     rows_q,
     rows_k,
-    pairs,
     across,
     bounds,
     out,
     num_rows,
     num_keys,
-    num_splits,
+    num_groups,
     TERMS: tl.constexpr,
-    PAIR_TERMS: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
-    BT: tl.constexpr,
+    CARRY: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Put the parts of dlog_gate_t = Σ_{i≥t, j<t} A_ij dA_ij together, a block at a time.
+    """dlog_gate_t = Σ_{i≥t, j<t} A_ij dA_ij, for the ROWS tokens between two states that are kept.
 
-    `rows_q` (terms, B, H, T): queries of the block with earlier keys, which count from t on. `rows_k`: keys of the
-    block with later queries, which count up to t. `pairs`: row sums less column sums of A dA within the block, of which
-    a suffix is all pairs around t. `across` (terms, N, kept, H): earlier keys with later queries, for every second
-    block; the next one's follows from it. No sum is longer than two blocks, so rounding does not build up with T.
+    `across` (terms, N, groups, H) is that sum for the first of them. A token that t passes takes its sum `rows_q`
+    (terms, B, H, T), q·dq, out and brings `rows_k`, k·dk, in. What rounding leaves of it at the next state, or at the
+    end of a sequence (but with CARRY, where later keys may follow), is spread over the tokens: it would grow with them.
     """
     head = tl.program_id(1)
-    sequence = tl.program_id(0) // num_splits
-    block = tl.program_id(0) % num_splits
+    heads = tl.num_programs(1)
+    sequence = tl.program_id(0) // num_groups
+    group = tl.program_id(0) % num_groups
     row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
-    time = start + block * BT + tl.arange(0, BT)
-    ok = time < end
-    at = (row * tl.num_programs(1) + head) * num_keys + time
-    from_here = tl.zeros([BT], tl.float32)
-    to_here = tl.zeros([BT], tl.float32)
-    step = tl.zeros([BT], tl.float32)
-    over = 0.0
-    num_kept = tl.cdiv(num_splits, KEEP_EVERY)
-    index = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * tl.num_programs(1) + head
-    stride = (tl.num_programs(0) // num_splits).to(tl.int64) * num_kept * tl.num_programs(1)
-    before = (time - BT >= start) & (time - BT < end)
+    index = tl.arange(0, ROWS)
+    begin = start + group * ROWS
+    ok = begin + index < end
+    follows = begin + ROWS < end
+    at = (row * heads + head) * num_keys + begin + index
+    here = 0.0
+    there = 0.0
+    passed = tl.zeros([ROWS], tl.float32)
     for term in tl.static_range(TERMS):
-        over += tl.load(across + term * stride + index)
-        from_here += tl.load(rows_q + at + term * num_rows, mask=ok, other=0.0)
-        to_here += tl.load(rows_k + at + term * num_rows, mask=ok, other=0.0)
-        step += tl.load(rows_k + at - BT + term * num_rows, mask=before, other=0.0)
-    over += tl.where(block % KEEP_EVERY == 1, tl.sum(step, 0) - tl.sum(from_here, 0), 0.0)
-    for term in tl.static_range(PAIR_TERMS):
-        from_here += tl.load(pairs + at + term * num_rows, mask=ok, other=0.0)
-    suffix = tl.sum(from_here, 0) - tl.cumsum(from_here, 0) + from_here
-    prefix = tl.cumsum(to_here, 0) - to_here
-    tl.store(out + at, over + suffix + prefix, mask=ok)
+        place = (term * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * heads + head
+        here += tl.load(across + place)
+        there += tl.load(across + place + heads, mask=follows, other=0.0)
+        passed += tl.load(rows_k + at + term * num_rows, mask=ok, other=0.0)
+        passed -= tl.load(rows_q + at + term * num_rows, mask=ok, other=0.0)
+    left = there - here - tl.sum(passed, 0)
+    if CARRY:
+        left = tl.where(follows, left, 0.0)
+    each = left / tl.minimum(end - begin, ROWS).to(tl.float32)
+    tl.store(out + at, here + tl.cumsum(passed, 0) - passed + each * index, mask=ok)
 
 
 @triton.jit
@@ -98,6 +94,7 @@ def recurrence(
     row_weight,
     extra,
     companion,
+    key_sums,
     bounds,
     states,
     sums,
@@ -106,7 +103,6 @@ def recurrence(
     row_products,
     block_states,
     block_sums,
-    pairs,
     across,
     decays,
     last_state,
@@ -136,6 +132,7 @@ def recurrence(
     num_keys,
     num_splits,
     split_blocks,
+    sum_blocks,
     num_kept,
     REVERSE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -145,6 +142,7 @@ def recurrence(
     TERRACE: tl.constexpr,
     STATE_ONLY: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SUMS_GIVEN: tl.constexpr,
     WEIGHTED: tl.constexpr,
     EXTRA: tl.constexpr,
     GATE_TERMS: tl.constexpr,
@@ -164,12 +162,12 @@ def recurrence(
         SKIP_END: the last split adds nothing: nobody asks for the state after it.
         STATE_ONLY: no outputs, only what the split adds to the state (`states`, `sums`).
         NORMALIZE: divide by `mass`, the same sum with z = 1, and store it.
+        SUMS_GIVEN: `key_sums` (Y's batch, Y, sum_blocks, 2·HALF) holds the sum of each block of y.
         WEIGHTED: `row_weight` (B, H, T) belongs to queries ("x") or to keys ("y"): it multiplies their products.
         EXTRA: `extra` e (B, H, T) adds to the products: e_i z_j for queries ("x"), e_j z_j for keys ("y").
         ADD: `out` holds another gradient, to which this one is added.
-        GATE_TERMS: parts of the gate's gradient. "q", "k": `row_products`, companion_i · (out_i less what the block's
-            own keys give); "q" also keeps the state that every second block starts from (`block_states`,
-            `block_sums`), of which "k" makes `across`. "v": `pairs`.
+        GATE_TERMS: parts of the gate's gradient, "q" or "k": `row_products`, companion_i · out_i. "q" also keeps the
+            state that each KEEP_EVERY-th block starts from (`block_states`, `block_sums`), of which "k" makes `across`.
     """
     value_block = tl.program_id(0)
     head = tl.program_id(1)
@@ -240,6 +238,10 @@ def recurrence(
             weight = tl.load(row_weight + rows + time, mask=ok, other=0.0)
         if EXTRA != "":
             added = tl.load(extra + rows + time, mask=ok, other=0.0)
+        if SUMS_GIVEN:
+            at = (row * (heads // y_group) + head // y_group) * sum_blocks + block
+            block_sum0 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF))
+            block_sum1 = tl.load(key_sums + at * (2 * HALF) + tl.arange(0, HALF) + HALF)
         if not STATE_ONLY:
             if MASKED:
                 x0 = load_block(x, time, x_time, ok, HALF)
@@ -285,9 +287,6 @@ def recurrence(
                 result += tl.sum(value_sum, 0)[:, None]
             if HAS_GATE:
                 result *= of_queries[None, :]
-            if GATE_TERMS == "q" or GATE_TERMS == "k":
-                with_past = tl.trans(load_block(companion, time, c_time, ok, BV)).to(tl.float32)
-                tl.store(row_products + terms + time, tl.sum(result * with_past, 0), mask=ok)
             result = tl.dot(tl.trans(values), a.to(values.dtype), result, input_precision=PRECISION)
             if NORMALIZE:
                 total = dot(as_rows(sum0, x0.dtype, BT), tl.trans(x0), PRECISION)
@@ -296,40 +295,29 @@ def recurrence(
                     total *= of_queries[None, :]
                 total = tl.sum(total + a, 0)
             if NORMALIZE:
-                result = result / tl.where(total == 0, 1.0, total)[None, :]
+                result *= (1.0 / tl.where(total == 0, 1.0, total))[None, :]
                 if value_block == 0:
                     tl.store(mass + rows + time, total, mask=ok)
             else:
                 result *= scale
             block_out = out + time[:, None] * out_time + columns[None, :]
+            if GATE_TERMS != "":  # loaded no earlier, as its registers are worth more than the wait
+                beside = load_block(companion, time, c_time, ok, BV)
+                tl.store(row_products + terms + time, tl.sum(tl.trans(result) * beside.to(tl.float32), 1), mask=ok)
             if ADD:
                 result += tl.trans(tl.load(block_out, mask=ok[:, None], other=0.0)).to(tl.float32)
             if MASKED:
                 tl.store(block_out, tl.trans(result).to(out.dtype.element_ty), mask=ok[:, None])
             else:
                 tl.store(block_out, tl.trans(result).to(out.dtype.element_ty))
-            if GATE_TERMS == "q" or GATE_TERMS == "k":  # x, y, z are do, v, k or v, do, q
+            if GATE_TERMS == "q":
                 if block % KEEP_EVERY == 0:
                     kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
                     at = block_states + (kept * V + value_block * BV) * (2 * HALF) + cells
-                    if GATE_TERMS == "q":
-                        tl.store(at, state0.to(block_states.dtype.element_ty))
-                        tl.store(at + HALF, state1.to(block_states.dtype.element_ty))
-                        if EXTRA == "x":
-                            tl.store(block_sums + kept * V + value_block * BV + columns, tl.sum(value_sum, 0))
-                    else:
-                        over = tl.sum(tl.load(at).to(tl.float32) * state0 + tl.load(at + HALF).to(tl.float32) * state1)
-                        if EXTRA == "y":
-                            kept_sum = tl.load(block_sums + kept * V + value_block * BV + columns)
-                            over += tl.sum(kept_sum * tl.sum(value_sum, 0))
-                        stride = (tl.num_programs(2) // num_splits).to(tl.int64) * heads * num_kept
-                        tl.store(across + value_block * stride + kept, over * tl.exp2(whole))
-            if GATE_TERMS == "v":  # x, y, z are k, q, do; the companion is v
-                c = load_block(companion, time, c_time, ok, BV)
-                d_a = dot(values, tl.trans(c), PRECISION) * weight[:, None]
-                d_a += tl.where(value_block == 0, tl.load(extra + rows + time, mask=ok, other=0.0), 0.0)[:, None]
-                both = products * between * d_a
-                tl.store(pairs + terms + time, tl.sum(both, 1) - tl.sum(both, 0), mask=ok)
+                    tl.store(at, state0.to(block_states.dtype.element_ty))
+                    tl.store(at + HALF, state1.to(block_states.dtype.element_ty))
+                    if EXTRA != "":
+                        tl.store(block_sums + kept * V + value_block * BV + columns, tl.sum(value_sum, 0))
         if NORMALIZE or EXTRA != "":
             counted = added if EXTRA == "y" else tl.where(ok, 1.0, 0.0)
             if HAS_GATE:
@@ -339,7 +327,10 @@ def recurrence(
                 if HAS_GATE:
                     value_sum *= tl.exp2(whole)
                 value_sum = tl.dot(counts, values, value_sum, input_precision=PRECISION)
-            if NORMALIZE:
+            if SUMS_GIVEN:
+                sum0 += block_sum0
+                sum1 += block_sum1
+            elif NORMALIZE:
                 if HAS_GATE:
                     sum0 *= tl.exp2(whole)
                     sum1 *= tl.exp2(whole)
@@ -356,6 +347,16 @@ def recurrence(
             values = (values.to(tl.float32) * weight[:, None]).to(y0.dtype)
         state0 = tl.dot(tl.trans(values), y0, state0, input_precision=PRECISION)
         state1 = tl.dot(tl.trans(values), y1, state1, input_precision=PRECISION)
+        if GATE_TERMS == "k":
+            if block % KEEP_EVERY == 0:
+                kept = (sequence.to(tl.int64) * num_kept + block // KEEP_EVERY) * heads + head
+                at = block_states + (kept * V + value_block * BV) * (2 * HALF) + cells
+                over = tl.sum(tl.load(at).to(tl.float32) * state0 + tl.load(at + HALF).to(tl.float32) * state1)
+                if EXTRA != "":
+                    kept_sum = tl.load(block_sums + kept * V + value_block * BV + columns)
+                    over += tl.sum(kept_sum * tl.sum(value_sum, 0))
+                stride = (tl.num_programs(2) // num_splits).to(tl.int64) * heads * num_kept
+                tl.store(across + value_block * stride + kept, over)
         if STATE_ONLY:
             if HAS_GATE:
                 over_split += whole

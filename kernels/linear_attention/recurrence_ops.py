@@ -22,7 +22,7 @@ from kit.kernels.linear_attention.launch import (
 from kit.kernels.linear_attention.recurrence_kernel import KEEP_EVERY, cumulate_gates, recurrence
 
 FEATURE_ROWS = 64
-PARTS = ("row_products", "block_states", "block_sums", "pairs", "across")  # outputs of the gate's gradient
+PARTS = ("row_products", "block_states", "block_sums", "across")  # outputs of the gate's gradient
 
 
 @dataclass
@@ -83,6 +83,7 @@ class Recurrence:
         want_out: bool = True,
         gate_terms: str = "",
         companion: Tensor | None = None,
+        key_sums: Tensor | None = None,
         parts: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """One recurrence (see recurrence_kernel.py) through all its splits.
@@ -98,7 +99,8 @@ class Recurrence:
             add_to: a gradient of `like`, to which the output is added in place unless heads share it.
             want_last: whether the state after the last block is used.
             want_out: whether anything else is.
-            gate_terms: "q", "k" or "v"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
+            gate_terms: "q" or "k"; with `companion` (B, C, T, V) and `parts`, outputs of the kernel by name.
+            key_sums: each block's sum of y, (B, Y, blocks, K) fp32, if it is known; without `bounds` and gates.
 
         Returns:
             (B, H, T, V), the mass (B, H, T) if normalized, and the state and its sums after the last block.
@@ -131,16 +133,18 @@ class Recurrence:
             with on_device_of(z):
                 recurrence[(width // cut.values, self.heads, self.sequences * splits)](
                     x, y, z, unused if self.through is None else self.through, unused if weight is None else weight[1],
-                    extra[1] if extra is not None else parts.get("extra", unused), other,
+                    unused if extra is None else extra[1], other,
+                    unused if key_sums is None else key_sums,
                     unused if self.bounds is None else self.bounds, states, sums, out, unused if mass is None else mass,
                     *(parts.get(name, unused) for name in PARTS), decays, *to,
                     *(stride for t in (x, y, z, other, out) for stride in t.stride()[:3]),
                     self.heads, *(self.heads // t.shape[1] for t in (x, y, z, other)), scale,
                     self.batch * self.heads * self.rows, self.rows, splits, split_blocks,
-                    self.num_kept if gate_terms else 0,
+                    0 if key_sums is None else key_sums.shape[2], self.num_kept if gate_terms else 0,
                     REVERSE=reverse, MASKED=self.bounds is not None or self.rows % cut.rows != 0,
                     HAS_BOUNDS=self.bounds is not None, HAS_GATE=self.through is not None, HAS_STATE=start,
                     TERRACE=self.terrace, STATE_ONLY=state_only, NORMALIZE=normalize,
+                    SUMS_GIVEN=key_sums is not None,
                     WEIGHTED="" if weight is None else weight[0], EXTRA="" if extra is None else extra[0],
                     GATE_TERMS="" if state_only else gate_terms, SKIP_END=state_only and not want_last,
                     ADD=add_to is not None and not state_only, STORE_LAST=not state_only and splits == 1 and want_last,
@@ -176,17 +180,26 @@ def cumulated(log_gate: Tensor, bounds: Tensor | None, rows_a_block: int) -> Ten
     return out
 
 
-def map_features(x: Tensor, maps: Tensor) -> Tensor:
-    """φ(x), (B, M, T, F), of x (B, X, T, D) with maps (M, D, F/2)."""
+def map_features(x: Tensor, maps: Tensor, num_zero: int = 0, rows_a_sum: int | None = None) -> tuple[Tensor, Tensor]:
+    """φ(x), (B, M, T, F), of x (B, X, T, D) with maps (M, D, F/2).
+
+    With `rows_a_sum` it is zero in the first `num_zero` rows, and the second are its sums over so many rows each,
+    (B, M, blocks, F) fp32; else nobody has written that.
+    """
     (batch, _, rows, dim), heads = x.shape, len(maps)
     out = torch.empty(batch, heads, rows, 2 * maps.shape[-1], dtype=x.dtype, device=x.device)
     x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    block = FEATURE_ROWS if x.dtype != torch.float32 else 16  # fp32 products are unrolled: few rows compile fast
+    block = block if rows_a_sum is None else rows_a_sum
+    blocks = triton.cdiv(rows, block)
+    sums = torch.empty(batch, heads, blocks, out.shape[-1], dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        map_forward[(triton.cdiv(rows, FEATURE_ROWS), heads, batch)](
-            x, maps, out, *x.stride()[:3], rows, DIM=dim, HALF=maps.shape[-1], BT=FEATURE_ROWS,
+        map_forward[(blocks, heads, batch)](
+            x, maps, out, sums, *x.stride()[:3], rows, num_zero, HAS_SUMS=rows_a_sum is not None,
+            DIM=dim, HALF=maps.shape[-1], BT=block,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4,
         )  # fmt: skip
-    return out
+    return out, sums
 
 
 def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -196,19 +209,34 @@ def map_gradient(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None =
     """
     batch, heads, rows = d_phi.shape[:3]
     dim, half = maps.shape[1:]
+    if x.dtype == torch.float32 and dim * half == 256 * 128:
+        return _map_gradient_by_parts(x, maps, d_phi, add_to)
     alone = x.shape[1] == heads
     wide = x if alone else x.repeat_interleave(heads // x.shape[1], 1)
     into = add_to if alone and add_to is not None else gradient_like(wide, fill=False)
-    block, blocks_each = FEATURE_ROWS if x.dtype != torch.float32 else 32, 16
+    small, blocks_each = max(dim, 2 * half) <= 128, 16  # larger tiles do not fit a multiprocessor
+    block = FEATURE_ROWS if small and x.dtype != torch.float32 else 32
     programs = triton.cdiv(rows, block * blocks_each)
     d_maps = torch.empty(batch, programs, heads, dim, half, dtype=torch.float32, device=x.device)
     with on_device_of(x):
         map_backward[(programs, heads, batch)](
             wide, maps, d_phi.contiguous(), into, d_maps, *wide.stride()[:3], *into.stride()[:3], rows, blocks_each,
             ADD=into is add_to, DIM=dim, HALF=half, BT=block,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=8,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4 if small else 8,
         )  # fmt: skip
     if not alone:
         into = over_groups(into, x)
         into = into if add_to is None else add_to.add_(into)
     return into, d_maps.sum((0, 1)).to(maps.dtype)
+
+
+def _map_gradient_by_parts(x: Tensor, maps: Tensor, d_phi: Tensor, add_to: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`map_gradient` in PyTorch: a map of 128 KiB and its transpose are more than a multiprocessor holds."""
+    wide = x.repeat_interleave(len(maps) // x.shape[1], 1)
+    z = wide @ maps
+    d_z = torch.zeros_like(z)
+    for sign, d_half in zip((1, -1), d_phi.chunk(2, -1), strict=True):
+        p = (sign * z).softmax(-1)
+        d_z += sign * p * (d_half - (p * d_half).sum(-1, keepdim=True))
+    d_x = over_groups(d_z @ maps.mT, x)
+    return d_x if add_to is None else add_to.add_(d_x), (wide.mT @ d_z).sum(0)

@@ -129,7 +129,10 @@ def hybrid_attention(
         ValueError: on shapes that do not fit, naming them.
     """
     whole_only = terrace or num_sinks > 0
-    check_shapes(q, k, feature_map_q, feature_map_k, window_size, state, segment_ids, whole_only=whole_only)
+    per_head = (window_factor, meta_logit)
+    check_shapes(
+        q, k, v, feature_map_q, feature_map_k, per_head, window_size, state, segment_ids, whole_only=whole_only
+    )
     options: dict[str, Any] = {"window_size": window_size, "terrace": terrace, "num_sinks": num_sinks}
     options |= {"linear": linear_weight > 0, "sinks": sinks}
     maps = (feature_map_q, feature_map_k)
@@ -435,30 +438,63 @@ def _log(weight: float) -> float:
     return math.log(weight) if weight > 0 else -math.inf
 
 
+def check_heads(
+    q: Tensor, k: Tensor, v: Tensor, feature_map_q: Tensor | None = None, feature_map_k: Tensor | None = None
+) -> None:
+    """Refuse queries, keys, values and feature maps that do not fit each other.
+
+    Raises:
+        ValueError: naming their shapes.
+    """
+    (batch, heads, _, dim), kv_heads = q.shape, k.shape[1]
+    fits = k.shape[:3] == v.shape[:3] and k.shape[0] == batch and k.shape[-1] == dim and heads % kv_heads == 0
+    named = {"q": q, "k": k, "v": v}
+    if feature_map_q is not None and feature_map_k is not None:
+        half = feature_map_q.shape[-1]
+        fits = fits and feature_map_q.shape[:2] == (heads, dim) and feature_map_k.shape[1:] == (dim, half)
+        fits = fits and feature_map_k.shape[0] in (kv_heads, heads)
+        named |= {"feature_map_q": feature_map_q, "feature_map_k": feature_map_k}
+    if not fits:
+        raise ValueError("shapes do not fit: " + ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items()))
+
+
+def check_state(state: Tensor | None, batch: int, heads: int, features: int, values: int) -> None:
+    """Refuse a state of another shape than (batch, heads, features, values + 1).
+
+    Raises:
+        ValueError: naming both.
+    """
+    wanted = (batch, heads, features, values + 1)
+    if state is not None and state.shape != wanted:
+        raise ValueError(f"a state of {wanted} is needed, got {tuple(state.shape)}")
+
+
 def check_shapes(
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     feature_map_q: Tensor,
     feature_map_k: Tensor,
+    per_head: tuple[Tensor | None, ...],
     window_size: int,
     state: Tensor | None,
     segment_ids: Tensor | None,
     *,
     whole_only: bool,
 ) -> None:
-    """Refuse shapes that do not fit.
+    """Refuse shapes of hybrid attention that do not fit; `per_head` are the mixing factor and the meta logit.
 
     Raises:
         ValueError: naming them.
     """
     if whole_only and (q.shape[2] != k.shape[2] or state is not None):
         raise ValueError("terrace and num_sinks are for whole sequences: they take neither past keys nor a state")
-    heads, kv_heads, past = q.shape[1], k.shape[1], k.shape[2] - q.shape[2]
-    if heads % kv_heads or feature_map_q.shape[0] != heads or feature_map_k.shape[0] not in (kv_heads, heads):
-        raise ValueError(
-            f"heads do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, feature_map_q {tuple(feature_map_q.shape)}, "
-            f"feature_map_k {tuple(feature_map_k.shape)}"
-        )
+    check_heads(q, k, v, feature_map_q, feature_map_k)
+    check_state(state, len(q), len(feature_map_k), 2 * feature_map_k.shape[-1], v.shape[-1])
+    for x in per_head:
+        if x is not None and x.shape != q.shape[1:2]:
+            raise ValueError(f"a number for each of {q.shape[1]} heads is needed, got a tensor of {tuple(x.shape)}")
+    past = k.shape[2] - q.shape[2]
     if window_size < 1 or not 0 <= past < window_size:
         raise ValueError(f"{past} past keys do not fit a window of {window_size}: k {tuple(k.shape)}")
     if segment_ids is not None and (past or state is not None):

@@ -239,7 +239,10 @@ def test_no_tensor_grows_with_the_square_of_the_length():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"feature_map_q": torch.zeros(2, D, HALF)}, "heads do not fit"),
+        ({"feature_map_q": torch.zeros(2, D, HALF)}, r"shapes do not fit.*feature_map_q \(2, "),
+        ({"v": torch.zeros(B, 1, 10, D)}, r"shapes do not fit.* v \(2, 1, 10, "),
+        ({"window_factor": torch.ones(2)}, r"each of 3 heads is needed, got a tensor of \(2,\)"),
+        ({"state": torch.zeros(B, 1, 2 * HALF, D)}, "a state of .* is needed, got"),
         ({"q": torch.zeros(B, 3, 10, D)}, "do not fit a window"),
     ],
 )

@@ -4,6 +4,7 @@ Without a GPU they run in Triton's interpreter, in fp32 and at small sizes. With
 them, and the cases at the end run in bf16 at full size.
 """
 
+import itertools
 import os
 
 import pytest
@@ -15,10 +16,12 @@ from kit.kernels.linear_attention import dispatch, gated_reference, reference, s
 from kit.kernels.linear_attention.decode_ops import HybridState, gated_step, hybrid_step
 from kit.kernels.linear_attention.gated_ops import gated_linear_attention
 from kit.kernels.linear_attention.hybrid_ops import hybrid_attention
+from kit.kernels.linear_attention.recurrence_ops import map_gradient
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter")
+COMPILER = "inductor" if GPU else "aot_eager"  # of torch.compile; aot_eager traces all the same
 needs_gpu = pytest.mark.skipif(not GPU, reason="bf16 at full size needs a GPU")
 
 
@@ -108,6 +111,18 @@ GATED = {
 }
 
 
+def test_a_map_too_large_for_a_multiprocessor():
+    g = torch.Generator().manual_seed(0)
+    x, maps, d_phi = (torch.randn(*shape, generator=g) for shape in ((1, 1, 5, 256), (2, 256, 128), (1, 2, 5, 256)))
+    truth = [t.double().requires_grad_() for t in (x, maps)]
+    phi = reference.hedgehog_feature_map(truth[0].expand(-1, 2, -1, -1) * 0.1, truth[1])
+    want = torch.autograd.grad((phi * d_phi).sum(), truth)
+    before = torch.randn(x.shape, generator=g)
+    got = map_gradient(x.to(DEVICE) * 0.1, maps.to(DEVICE), d_phi.to(DEVICE), before.to(DEVICE, copy=True))
+    assert relative(got[0], want[0] * 10 + before) < 1e-5
+    assert relative(got[1], want[1]) < 1e-5
+
+
 @pytest.mark.parametrize("case", GATED)
 def test_gated_attention_equals_the_specification(case):
     shape, options = GATED[case]
@@ -154,6 +169,7 @@ HYBRID = {
     "one token": ({"length": 1}, {"window_size": 20}, {}),
     "terrace": ({"length": 110}, {"window_size": 32, "terrace": True}, {}),
     "sinks": ({"heads": 4, "kv_heads": 2}, {"window_size": 20, "num_sinks": 4}, {}),
+    "fewer tokens than sinks": ({"length": 3}, {"window_size": 2, "num_sinks": 5}, {}),
     "sinks in a terrace": ({"length": 70}, {"window_size": 16, "terrace": True, "num_sinks": 4}, {}),
     "meta logit": ({"meta": True}, {"window_size": 20}, {}),
     "window alone": ({"meta": True}, {"window_size": 20, "num_sinks": 4, "linear_weight": 0.0}, {}),
@@ -305,7 +321,7 @@ def test_what_is_learned_cannot_be_learned_from_a_state_on():
 
 def test_wrong_shapes_are_named_before_the_kernels_run():
     x = on_device(hybrid_inputs(heads=3, kv_heads=2, map_heads=3))
-    with pytest.raises(ValueError, match="heads do not fit"):
+    with pytest.raises(ValueError, match="shapes do not fit"):
         dispatch.hybrid_attention(**x, window_size=20, scale=0.2, backend="triton")
     x = on_device(hybrid_inputs(past=9))
     with pytest.raises(ValueError, match="whole sequences"):
@@ -315,6 +331,16 @@ def test_wrong_shapes_are_named_before_the_kernels_run():
     state = HybridState.empty(k, v, map_heads=1, features=32, window_size=8)
     with pytest.raises(ValueError, match="at most 16 query heads a state"):
         hybrid_step(q, k, v, *maps, torch.zeros(32), state, torch.zeros(1, dtype=torch.int32), scale=1.0)
+    state.ring_v = v.new_zeros(1, 1, 8, 32)
+    with pytest.raises(ValueError, match=r"ring_v of \(1, 1, 9, 32\) is needed, got \(1, 1, 8, 32\)"):
+        hybrid_step(q, k, v, *maps, torch.zeros(32), state, torch.zeros(1, dtype=torch.int32), scale=1.0)
+    for change, message in (
+        ({"k": torch.zeros(2, 1, 49, 32)}, r"shapes do not fit.* k \(2, 1, 49, 32\)"),
+        ({"log_gate": torch.zeros(2, 3, 50)}, r"log_gate \(2, 3, 50\)"),
+        ({"state": torch.zeros(2, 2, 32, 32)}, r"state of \(2, 2, 32, 33\) is needed, got \(2, 2, 32, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dispatch.gated_linear_attention(**on_device(gated_inputs() | change), backend="triton")
 
 
 def test_shapes_without_tiles_are_named():
@@ -377,9 +403,14 @@ def test_gated_attention_in_bf16(dim, gate, normalize):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize(
-    "options", [{}, {"num_sinks": 4}, {"terrace": True}, {"window_size": 128}, {"window_size": 50}]
+    ("dim", "options"),
+    [
+        *itertools.product(
+            [64, 128], [{}, {"num_sinks": 4}, {"terrace": True}, {"window_size": 128}, {"window_size": 50}]
+        ),
+        (256, {}),
+    ],
 )
 def test_hybrid_attention_in_bf16(dim, options):
     x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=dim, width=dim, half=dim // 2, meta="num_sinks" in options)
@@ -405,14 +436,109 @@ def test_sequences_in_bf16(mask):
     assert max(errors.values()) < 6e-3, errors
 
 
+SIZES = [(64, 128, 256), (64, 64, 64), (128, 64, 64), (128, 256, 128), (256, 64, 64), (256, 128, 256), (256, 256, 256)]
+
+
 @needs_gpu
-def test_a_million_tokens_stay_finite():
-    x = gated_inputs(batch=1, heads=2, kv_heads=2, length=2**20, dim=64, width=64, half=32, gate=0)
-    x = {n: t.to(DEVICE, torch.bfloat16) for n, t in x.items()}
-    factor = torch.full((2,), 0.3, device=DEVICE)
-    assert gated_linear_attention(**x)[0].isfinite().all()
-    maps = {n: x.pop(n) for n in ("feature_map_q", "feature_map_k")}
-    assert hybrid_attention(**x, **maps, window_factor=factor, window_size=64, scale=0.125)[0].isfinite().all()
+@pytest.mark.parametrize(("dim", "width", "features"), SIZES)
+@pytest.mark.parametrize("case", ["hybrid", "sinks", "gated", "state"])
+def test_heads_values_and_features_of_every_size_in_bf16(case, dim, width, features):
+    errors = errors_of_a_size(case, dim, width, features, torch.bfloat16)
+    assert errors["out"] < (3.3e-3 if case == "state" else 3e-3), errors  # a state of random signs is rounded too
+    assert max(errors.values()) < 1.2e-2, errors
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", ["sinks", "gated"])
+@pytest.mark.parametrize("size", [(128, 64, 128), (256, 256, 256)])
+def test_heads_values_and_features_of_large_sizes_in_fp32(case, size):
+    assert max(errors_of_a_size(case, *size, torch.float32).values()) < 1e-5
+
+
+def errors_of_a_size(case, dim, width, features, dtype):
+    shape = {"heads": 4, "kv_heads": 2, "length": 300, "dim": dim, "width": width, "half": features // 2}
+    if case in ("hybrid", "sinks"):
+        x = hybrid_inputs(**shape, meta=case == "sinks")
+        options = {"window_size": 64, "scale": dim**-0.5, "num_sinks": 4 if case == "sinks" else 0}
+        calls = hybrid_attention, reference.hybrid_attention
+    else:
+        x = gated_inputs(**shape, gate=0.1, state=2 if case == "state" else None)
+        options = {"return_state": case == "state"}
+        calls = gated_linear_attention, gated_reference.gated_linear_attention
+    errors = compare(*calls, x, (options, options), dtype)
+    errors.pop("window_factor", None)  # a sum in which nearly all cancels
+    return errors
+
+
+@needs_gpu
+@pytest.mark.parametrize("case", ["gates", "denominator", "hybrid"])
+def test_a_million_tokens(case):
+    """Outputs are right at the end as at the start, and gradients stay finite."""
+    shape = {"batch": 1, "heads": 1, "length": 2**20, "dim": 64, "width": 64, "half": 32}
+    options: dict = {"window_size": 64, "scale": 0.125} if case == "hybrid" else {"normalize": case == "denominator"}
+    x = hybrid_inputs(**shape) if case == "hybrid" else gated_inputs(**shape, gate=0.05 if case == "gates" else 0)
+    x = {n: t.to(DEVICE) for n, t in x.items()}
+    x = {n: t if n in ("window_factor", "log_gate") else t.bfloat16() for n, t in x.items()}
+    ours, theirs = {
+        "hybrid": (hybrid_attention, reference.hybrid_attention),
+    }.get(case, (gated_linear_attention, gated_reference.gated_linear_attention))
+    out, _ = ours(**{n: t.requires_grad_() for n, t in x.items()}, **options)
+    assert all(t.isfinite().all() for t in torch.autograd.grad(out.float().sum(), list(x.values())))
+    want, _ = theirs(**{n: t.detach().double() for n, t in x.items()}, **options)
+    for part in (slice(0, 2**10), slice(2**20 - 2**10, None), slice(None)):
+        assert relative(out[:, :, part], want[:, :, part].cpu()) < 3e-3
+
+
+@needs_gpu
+@pytest.mark.parametrize(("batch", "map_heads", "dim", "width"), [
+    (1, 8, 128, 128), (1, 2, 128, 128), (16, 8, 64, 128), (512, 2, 128, 128), (512, 8, 128, 64), (3, 2, 256, 256),
+])  # fmt: skip
+def test_decoding_in_a_cuda_graph_in_bf16(batch, map_heads, dim, width):
+    """One captured step, replayed: tokens, positions and state change, and lie where they were when it was captured."""
+    length, window = 90, 64
+    x = hybrid_inputs(batch, 8, 2, map_heads, length, dim=dim, width=width, half=64)
+    x = {n: t if n == "window_factor" else t.bfloat16() for n, t in x.items()}
+    rows = [0, batch - 1]
+    truth = {n: t[rows].double() if n in ("q", "k", "v") else t.double() for n, t in x.items()}
+    want, _ = reference.hybrid_attention(**truth, window_size=window, scale=dim**-0.5, num_sinks=4)
+    q, k, v, map_q, map_k, factor = (t.to(DEVICE) for t in x.values())
+    token = [t[:, :, 0].clone() for t in (q, k, v)]
+    state = HybridState.empty(k, v, map_heads=map_heads, features=128, window_size=window, num_sinks=4)
+    position = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+    step = lambda: hybrid_step(*token, map_q, map_k, factor.log(), state, position, scale=dim**-0.5)  # noqa: E731
+    step()  # compiles; it leaves what is set to zero below
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+        position += 1
+    for tensor in (*vars(state).values(), position):
+        tensor.zero_()
+    got = []
+    for t in range(length):
+        for buffer, whole in zip(token, (q, k, v), strict=True):
+            buffer.copy_(whole[:, :, t])
+        graph.replay()
+        got.append(out[rows].clone())
+    assert relative(torch.stack(got, 2), want) < 3e-3
+
+
+@needs_gpu
+def test_channel_gates_and_the_delta_rule_on_flash_linear_attention():
+    pytest.importorskip("fla")
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g).bfloat16()  # noqa: E731
+    q, k, v = (r(2, 2, 150, 64) for _ in range(3))
+    k = k / k.norm(dim=-1, keepdim=True)
+    gate, beta = -torch.rand(2, 2, 150, 64, generator=g), torch.rand(2, 2, 150, generator=g)
+    state = torch.randn(2, 2, 64, 64, generator=g)
+    for name, inputs in (
+        ("channel_gated_linear_attention", (q, k, v, gate)),
+        ("gated_delta_rule", (q, k, v, beta, gate[..., 0])),
+    ):
+        want = getattr(gated_reference, name)(*(t.double() for t in inputs), scale=0.1, state=state.double())
+        got = getattr(dispatch, name)(*(t.to(DEVICE) for t in inputs), scale=0.1, state=state.to(DEVICE))
+        assert all(relative(*pair) < 1e-2 for pair in zip(got, want, strict=True)), name
 
 
 def test_torch_compile_keeps_the_operations_in_one_graph():
@@ -428,8 +554,27 @@ def test_torch_compile_keeps_the_operations_in_one_graph():
         return out + dispatch.gated_linear_attention(q, k, v, log_gate, **maps)[0]
 
     results = []
-    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+    for call in (layer, torch.compile(layer, fullgraph=True, backend=COMPILER)):
         out = call(**x)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(x.values()))))
+    for want, got in zip(*results, strict=True):
+        assert relative(got, want.cpu()) < 1e-5
+
+
+def test_torch_compile_keeps_decoding_in_one_graph():
+    x = hybrid_inputs(batch=1, heads=2, kv_heads=2, length=6)
+    q, k, v, map_q, map_k, factor = (t.to(DEVICE) for t in x.values())
+
+    def step(q, k, v, state, position):
+        return hybrid_step(q * 0.9, k, v, map_q, map_k, factor.log(), state, position, scale=0.2) * 2
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend=COMPILER)):
+        state = HybridState.empty(k, v, map_heads=2, features=32, window_size=4)
+        position, out = torch.zeros(1, dtype=torch.int32, device=DEVICE), []
+        for t in range(6):
+            out.append(call(q[:, :, t], k[:, :, t], v[:, :, t], state, position))
+            position += 1
+        results.append((torch.stack(out), state.states))
     for want, got in zip(*results, strict=True):
         assert relative(got, want.cpu()) < 1e-5
