@@ -33,6 +33,8 @@ from kit.kernels.linear_attention import (
     hybrid_attention,
     sequence_bounds,
 )
+from kit.kernels.linear_attention.dispatch import decode_ops
+from kit.modules.decoding import DecodingSlot
 
 NOTHING = -1e30  # logarithm of a weight of 0; two infinite ones have no sum that can be differentiated
 QUERIES_AT_ONCE = 1024  # of capped attention, whose scores are made for a chunk of queries at a time
@@ -182,11 +184,14 @@ class Mixer(nn.Module):
         without_rope: q and k come as they are before RoPE.
         switched_off: the base's attention runs in its place; see `original_attention`.
         features: F, of the state that the layer carries; 0 for none.
+        ring: it looks at the window's keys.
+        past_of_window: the state has the keys that have left the window, not all.
     """
 
     without_rope = False
     switched_off = False
     features = 0
+    ring, past_of_window = True, False
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -230,6 +235,31 @@ class Mixer(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, carried: Carried | None) -> tuple[Tensor, Carried]:
         """Return the output, and with a cache what to carry on."""
         raise NotImplementedError
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot) -> Tensor:
+        """Attend from a single token on the kernels of one launch: (B, H, 1, D); k and v (B, G, 1, D) are the token's.
+
+        Both branches count as they are, and scores have no cap; see `can_decode`.
+        """
+        raise NotImplementedError
+
+    def _decode_window(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot, **options: Any) -> Tensor:
+        """`hybrid_step` of a window without a linear past."""
+        ops = decode_ops(v)
+        maps = [q.new_empty(1).expand(x.shape[1], *[q.shape[-1]] * 2) for x in (q, k)]  # they are not looked at
+        factor = torch.zeros(q.shape[1], device=q.device)
+        out = ops.hybrid_step(
+            *(x[:, :, 0].to(v.dtype) for x in (q, k, v)), *maps, factor, slot.window(ops), slot.position, scale=step.scale,
+            linear_weight=0.0, **options,
+        )  # fmt: skip
+        return out[:, :, None]
+
+    def _decode_linear(
+        self, q: Tensor, k: Tensor, v: Tensor, slot: DecodingSlot, maps: Any, log_gate: Tensor | None = None
+    ) -> Tensor:
+        """`gated_step`; log_gate (B, L)."""
+        token = (x[:, :, 0].to(v.dtype) for x in (q, k, v))
+        return decode_ops(v).gated_step(*token, log_gate, *slot.states, slot.position, *maps)[:, :, None]
 
     def log_weights(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> Tensor:
         """Logarithms of what each key counts for queries start to stop: (B, H, C, D) of (B, H, T, D) -> (B, H, C, T).
@@ -359,6 +389,10 @@ class WindowAttention(Mixer):
         out, new = self._windowed(q, k, v, step, carried, *self._without_learning(q, k), linear_weight=0.0)
         return out, new
 
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot) -> Tensor:
+        """See `Mixer`."""
+        return self._decode_window(q, k, v, step, slot)
+
 
 class _FeatureMaps(Mixer):
     """Has Hedgehog's feature maps: feature_map_q (H, D, F/2) and feature_map_k (L, D, F/2)."""
@@ -397,6 +431,8 @@ class HybridLinearAttention(_FeatureMaps):
     Parameters: the feature maps, and window_factor (H,), the logit a of the mixing factor g = sigmoid(a).
     """
 
+    past_of_window = True
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.window_factor = nn.Parameter(torch.empty(self.options.num_heads))
@@ -417,6 +453,14 @@ class HybridLinearAttention(_FeatureMaps):
         factor = self.window_factor.float().sigmoid()
         return self._windowed(q, k, v, step, carried, self.maps, factor, linear_weight=self.linear_weight)
 
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot) -> Tensor:
+        """See `Mixer`."""
+        ops = decode_ops(v)
+        token = (x[:, :, 0].to(v.dtype) for x in (q, k, v))
+        factor = F.logsigmoid(self.window_factor.float())
+        out = ops.hybrid_step(*token, *self.maps, factor, slot.window(ops), slot.position, scale=step.scale)
+        return out[:, :, None]
+
     def log_weights(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> Tensor:
         """See `Mixer`."""
         scores, before = self._log_window(q, k, step, start, stop)
@@ -434,6 +478,8 @@ class HybridLinearAttention(_FeatureMaps):
 class LinearAttention(_FeatureMaps):
     """Linear attention alone, every key through φ (Hedgehog, arXiv:2402.04347)."""
 
+    ring = False
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.num_sinks = 0
@@ -443,6 +489,10 @@ class LinearAttention(_FeatureMaps):
         """Attend (see `Mixer`); the cache is the state, and one key that tells how long the sequence is."""
         out, new = self._linear_only(q, k, v, step, carried, self.maps)
         return (out if self.linear_weight else torch.zeros_like(out)), new
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot) -> Tensor:
+        """See `Mixer`."""
+        return self._decode_linear(q, k, v, slot, self.maps)
 
     def log_weights(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> Tensor:
         """See `Mixer`."""
@@ -510,6 +560,14 @@ class GatedWindowAttention(_FeatureMaps):
             far, state = self._linear_only(*self.unrotated(q, k, step), v, step, carried, self.maps, gate)
             out, new = out + far, new._replace(state=state.state)
         return out, new
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot) -> Tensor:
+        """See `Mixer`."""
+        assert step.hidden is not None
+        near = self._decode_window(q, k, v, step, slot, meta_logit=self.meta_logit)
+        gate = self.log_gate(step.hidden)[:, :, 0].expand(-1, self.options.num_states)
+        far = self._decode_linear(*self.unrotated(q, k, step), v, slot, self.maps, gate)
+        return near * self.anchor_weight[:, None, None].to(near.dtype) + far
 
     def log_weights(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> Tensor:
         """See `Mixer`. Both branches together; they need not sum to 1, and α counts as 0 where it is negative."""

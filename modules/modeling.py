@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kit.families import TABLE, family_of
 from kit.modules.cache import cache_argument
+from kit.modules.decoding import DecodingSlot, can_decode, in_ring_form, leave_ring_form, token_numbers
 from kit.modules.linear_attention import MIXERS, CacheSlot, Mixer, Step, full_attention
 from kit.modules.own_code import CarriesCode
 
@@ -70,8 +71,16 @@ class LinearizedAttention:
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """Like the family's attention; remembers where the cache stood before this step, and what enters the layer."""
-        slot, cache, mixer = None, kwargs.get(cache_argument(kwargs)), self.linear_attention
-        if cache is not None:
+        slot: CacheSlot | DecodingSlot | None = None
+        cache, mixer, position = kwargs.get(cache_argument(kwargs)), self.linear_attention, kwargs.pop("token_numbers", None)
+        if cache is not None and mixer is not None and self.layer_idx < len(cache.layers):  # type: ignore[attr-defined]
+            layer = cache.layers[self.layer_idx]  # type: ignore[attr-defined]
+            softcap = getattr(self, "attn_logit_softcapping", None)
+            if position is not None and can_decode(layer, mixer, softcap):
+                slot = kwargs[cache_argument(kwargs)] = DecodingSlot(layer, mixer, position)
+            elif in_ring_form(layer):
+                leave_ring_form(layer, mixer, layer.get_seq_length(), kwargs.get("padding_mask"))
+        if cache is not None and slot is None:
             kinds, cached = self.config.layer_types, self.config.sliding_window  # type: ignore[attr-defined]
             if kinds[self.layer_idx] == "full_attention":  # type: ignore[attr-defined]
                 cached = None
@@ -91,7 +100,7 @@ class LinearizedAttention:
         value: Tensor,
         *,
         scaling: float,
-        cache_slot: CacheSlot | None = None,
+        cache_slot: CacheSlot | DecodingSlot | None = None,
         padding_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
@@ -105,7 +114,7 @@ class LinearizedAttention:
             query: (B, H, T, D).
             key, value: (B, G, S, D) as the cache returned them, S >= P + T.
             scaling: softmax scale.
-            cache_slot: this layer's cache, None without one.
+            cache_slot: this layer's cache, None without one; in ring form for a single token on the kernels.
             padding_mask: (B, all tokens so far), False or 0 for padding.
             segment_ids: (B, T), for packed sequences.
             rotary: cos and sin of RoPE (B, T, R).
@@ -115,6 +124,9 @@ class LinearizedAttention:
         Returns:
             (B, T, H, D), as transformers wants it.
         """
+        if isinstance(cache_slot, DecodingSlot):
+            step = Step(scaling, None, None, None, rotary, layer_input)
+            return cache_slot.mixer.decode(query, key, value, step, cache_slot).transpose(1, 2)
         first = cache_slot.num_skipped if cache_slot else 0
         keys = slice(first, first + (cache_slot.num_past if cache_slot else 0) + query.shape[2])
         if padding_mask is not None:
@@ -181,9 +193,9 @@ class LinearizedModel(LinearizedPreTrained):
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be 2-D (B, T), got shape {tuple(attention_mask.shape)}")
         segment_ids = None
+        new = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
         if attention_mask is not None and position_ids is None:
-            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         elif attention_mask is None and position_ids is not None and kwargs.get(cache_argument(kwargs)) is None:
             segment_ids = packed_segments(position_ids)
         padding_mask = attention_mask
@@ -196,6 +208,7 @@ class LinearizedModel(LinearizedPreTrained):
             inputs_embeds=inputs_embeds,
             padding_mask=padding_mask,
             segment_ids=segment_ids,
+            token_numbers=token_numbers(kwargs.get(cache_argument(kwargs)), padding_mask, new),
             **kwargs,
         )
 

@@ -62,6 +62,17 @@ def hybrid_step(
     k_head,
     v_batch,
     v_head,
+    ring_k_batch,
+    ring_k_head,
+    ring_v_batch,
+    ring_v_head,
+    sink_k_batch,
+    sink_k_head,
+    sink_v_batch,
+    sink_v_head,
+    states_batch,
+    sums_copy,
+    sums_batch,
     key_heads,
     map_heads,
     scale,
@@ -91,7 +102,8 @@ def hybrid_step(
         sink_k, sink_v: (B, G, SINKS, DIM) and (B, G, SINKS, V): written while the first tokens pass, read later.
         position: (B,) int32, tokens seen before this one.
         ring_k, ring_v: (B, G, WINDOW + 1, DIM) and (B, G, WINDOW + 1, V), updated.
-        states, sums: (B, L, 2·HALF, V) and (2, B, L, 2·HALF) fp32, updated.
+        states, sums: (B, L, 2·HALF, V) and (2, B, L, 2·HALF) fp32, updated. These, rings and sinks may be parts of
+            larger tensors: what lies in one row of the batch and head is contiguous.
         out: (B, H, V).
         KEYS: WINDOW + SINKS or more, a power of 2.
         EARLY: it is launched before the kernel before it has ended, and asks for the state and the maps while it waits.
@@ -100,17 +112,15 @@ def hybrid_step(
     map_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     key_head = map_head // (map_heads // key_heads)
-    state_head = batch * map_heads + map_head
     wide = tl.arange(0, DIM)
     half = tl.arange(0, HALF)
     columns = value_block * BV + tl.arange(0, BV)
     query = tl.arange(0, 16)  # rows of a tile of the tensor cores; QUERIES of them are real
     real = query < QUERIES
     heads = map_head * QUERIES + query
-    ring = (batch * key_heads + key_head) * (WINDOW + 1)
-    ring_k += ring * DIM
-    ring_v += ring * V
-    states += state_head * (2 * HALF * V)
+    ring_k += batch * ring_k_batch + key_head * ring_k_head
+    ring_v += batch * ring_v_batch + key_head * ring_v_head
+    states += batch * states_batch + map_head * (2 * HALF * V)
     if EARLY:
         if HAS_LINEAR:
             ask(states + value_block * BV, V, 2 * HALF, BV)
@@ -131,10 +141,9 @@ def hybrid_step(
         state0 = tl.load(at)
         state1 = tl.load(at + HALF * V)
         of_keys = load_map(map_k, map_head, DIM, HALF)
-        stride = tl.num_programs(2).to(tl.int64) * map_heads * (2 * HALF)
-        at_sum = sums + state_head * (2 * HALF) + half
-        sum0 = tl.load(at_sum + (seen % 2) * stride)
-        sum1 = tl.load(at_sum + (seen % 2) * stride + HALF)
+        at_sum = sums + batch * sums_batch + map_head * (2 * HALF) + half
+        sum0 = tl.load(at_sum + (seen % 2) * sums_copy)
+        sum1 = tl.load(at_sum + (seen % 2) * sums_copy + HALF)
         leaves = seen - WINDOW >= SINKS
         slot = (seen + 1) % (WINDOW + 1)  # of the key that leaves the window, if one does
         old_k = tl.load(ring_k + slot * DIM + wide).to(tl.float32)
@@ -148,10 +157,11 @@ def hybrid_step(
         there = (age < WINDOW) & (age <= seen)
         if SINKS > 0:
             sink = age - WINDOW
-            sinks = (batch * key_heads + key_head) * SINKS
+            sink_k += batch * sink_k_batch + key_head * sink_k_head
+            sink_v += batch * sink_v_batch + key_head * sink_v_head
             is_sink = (sink >= 0) & (sink < SINKS)
-            at_k = tl.where(is_sink[:, None], sink_k + (sinks + sink)[:, None] * DIM + wide[None, :], at_k)
-            at_v = tl.where(is_sink[:, None], sink_v + (sinks + sink)[:, None] * V + columns[None, :], at_v)
+            at_k = tl.where(is_sink[:, None], sink_k + sink[:, None] * DIM + wide[None, :], at_k)
+            at_v = tl.where(is_sink[:, None], sink_v + sink[:, None] * V + columns[None, :], at_v)
             there = there | (is_sink & (seen - sink >= WINDOW))
         keys = tl.load(at_k, mask=there[:, None], other=0.0)
         values = tl.load(at_v, mask=there[:, None], other=0.0)
@@ -201,8 +211,8 @@ def hybrid_step(
         tl.store(at, state0 + k0[:, None] * old_v[None, :])
         tl.store(at + HALF * V, state1 + k1[:, None] * old_v[None, :])
         if value_block == 0:
-            tl.store(at_sum + ((seen + 1) % 2) * stride, sum0 + k0)
-            tl.store(at_sum + ((seen + 1) % 2) * stride + HALF, sum1 + k1)
+            tl.store(at_sum + ((seen + 1) % 2) * sums_copy, sum0 + k0)
+            tl.store(at_sum + ((seen + 1) % 2) * sums_copy + HALF, sum1 + k1)
     y = y / tl.where(total == 0, 1.0, total)[:, None]
     at_out = (batch * map_heads * QUERIES + heads)[:, None] * V + columns[None, :]
     tl.store(out + at_out, y.to(out.dtype.element_ty), mask=real[:, None])
@@ -215,9 +225,9 @@ def hybrid_step(
             tl.store(ring_k + slot * DIM + wide, new_k)
         if SINKS > 0 and HAS_WINDOW:
             if seen < SINKS:
-                tl.store(sink_v + (sinks + seen) * V + columns, new_v)
+                tl.store(sink_v + seen * V + columns, new_v)
                 if value_block == 0:
-                    tl.store(sink_k + (sinks + seen) * DIM + wide, new_k)
+                    tl.store(sink_k + seen * DIM + wide, new_k)
 
 
 @triton.jit
@@ -240,57 +250,68 @@ def gated_step(
     v_head,
     gate_batch,
     gate_head,
-    heads,
+    states_batch,
+    sums_copy,
+    sums_batch,
     group,
     map_group,
     scale,
     HAS_GATE: tl.constexpr,
     HAS_MAP: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     V: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """One token of gated linear attention: S ← exp(g) S + φ(k) vᵀ, y = φ(q) S over φ(q) Σ; layouts as `hybrid_step`."""
+    """One token of gated linear attention: S ← exp(g) S + φ(k) vᵀ, y = φ(q) S over φ(q) Σ; layouts as `hybrid_step`.
+
+    A program has BV value columns of one state, whose `group` and `map_group` neighbours share keys and a map of keys,
+    and of the QUERIES heads that read it.
+    """
     value_block = tl.program_id(0)
     head = tl.program_id(1)
-    batch = tl.program_id(2)
+    batch = tl.program_id(2).to(tl.int64)
     wide = tl.arange(0, DIM)
     half = tl.arange(0, HALF)
     columns = value_block * BV + tl.arange(0, BV)
-    q += batch.to(tl.int64) * q_batch + head * q_head
-    k += batch.to(tl.int64) * k_batch + (head // group) * k_head
-    new_v = tl.load(v + batch.to(tl.int64) * v_batch + (head // group) * v_head + columns).to(tl.float32)
+    q += batch * q_batch + head * QUERIES * q_head
+    k += batch * k_batch + (head // group) * k_head
+    new_v = tl.load(v + batch * v_batch + (head // group) * v_head + columns).to(tl.float32)
     if HAS_MAP:
-        q0, q1 = map_row(tl.load(q + wide).to(tl.float32), load_map(map_q, head, DIM, HALF))
         k0, k1 = map_row(tl.load(k + wide).to(tl.float32), load_map(map_k, head // map_group, DIM, HALF))
     else:
-        q0 = tl.load(q + half).to(tl.float32)
-        q1 = tl.load(q + half + HALF).to(tl.float32)
         k0 = tl.load(k + half).to(tl.float32)
         k1 = tl.load(k + half + HALF).to(tl.float32)
     left = 1.0
     if HAS_GATE:
-        left = tl.exp(tl.load(log_gate + batch.to(tl.int64) * gate_batch + head * gate_head))
-    state_head = batch.to(tl.int64) * heads + head
-    at = states + state_head * (2 * HALF * V) + half[:, None] * V + columns[None, :]
+        left = tl.exp(tl.load(log_gate + batch * gate_batch + head * gate_head))
+    at = states + batch * states_batch + head * (2 * HALF * V) + half[:, None] * V + columns[None, :]
     state0 = tl.load(at) * left + k0[:, None] * new_v[None, :]
     state1 = tl.load(at + HALF * V) * left + k1[:, None] * new_v[None, :]
     tl.store(at, state0)
     tl.store(at + HALF * V, state1)
     seen = tl.load(position + batch)
-    stride = tl.num_programs(2).to(tl.int64) * heads * (2 * HALF)
-    at_sum = sums + state_head * (2 * HALF) + half
-    sum0 = tl.load(at_sum + (seen % 2) * stride) * left + k0
-    sum1 = tl.load(at_sum + (seen % 2) * stride + HALF) * left + k1
+    at_sum = sums + batch * sums_batch + head * (2 * HALF) + half
+    sum0 = tl.load(at_sum + (seen % 2) * sums_copy) * left + k0
+    sum1 = tl.load(at_sum + (seen % 2) * sums_copy + HALF) * left + k1
     if value_block == 0:
-        tl.store(at_sum + ((seen + 1) % 2) * stride, sum0)
-        tl.store(at_sum + ((seen + 1) % 2) * stride + HALF, sum1)
-    y = tl.sum(q0[:, None] * state0 + q1[:, None] * state1, 0)
-    if NORMALIZE:
-        total = tl.sum(q0 * sum0 + q1 * sum1, 0)
-        y = y / tl.where(total == 0, 1.0, total)
-    else:
-        y = y * scale
-    tl.store(out + state_head * V + columns, y.to(out.dtype.element_ty))
+        tl.store(at_sum + ((seen + 1) % 2) * sums_copy, sum0)
+        tl.store(at_sum + ((seen + 1) % 2) * sums_copy + HALF, sum1)
+    out += (batch * tl.num_programs(1) + head) * (QUERIES * V)
+    for number in tl.static_range(QUERIES):
+        row = q + number * q_head
+        if HAS_MAP:
+            map = load_map(map_q, head * QUERIES + number, DIM, HALF)
+            q0, q1 = map_row(tl.load(row + wide).to(tl.float32), map)
+        else:
+            q0 = tl.load(row + half).to(tl.float32)
+            q1 = tl.load(row + half + HALF).to(tl.float32)
+        y = tl.sum(q0[:, None] * state0 + q1[:, None] * state1, 0)
+        if NORMALIZE:
+            total = tl.sum(q0 * sum0 + q1 * sum1, 0)
+            y = y / tl.where(total == 0, 1.0, total)
+        else:
+            y = y * scale
+        tl.store(out + number * V + columns, y.to(out.dtype.element_ty))

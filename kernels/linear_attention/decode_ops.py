@@ -22,6 +22,9 @@ NAMESPACE = namespace(__file__, hybrid_step_kernel, load_map)
 class HybridState:
     """What one layer keeps between steps of hybrid attention; every tensor is updated in place.
 
+    They may be parts of larger tensors, if what belongs to one row and head of a ring or sinks, and to one row of the
+    states and of a copy of the sums, is contiguous.
+
     Attributes:
         ring_k: (B, G, window_size + 1, D); the key of position p is in slot p mod (window_size + 1).
         ring_v: (B, G, window_size + 1, V).
@@ -102,11 +105,13 @@ def _hybrid_step(
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
     columns, warps = _cut(width, batch * map_heads, heads // map_heads)
     early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
+    parts = [x.stride()[:2] for x in (ring_k, ring_v, sink_k, sink_v)]
     with on_device_of(q):
         hybrid_step_kernel[(width // columns, map_heads, batch)](
             q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
             sink_v if sink_v.numel() else q, position, ring_k, ring_v, states, sums, out,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], k.shape[1], map_heads, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *(size for part in parts for size in part),
+            states.stride(0), *sums.stride()[:2], k.shape[1], map_heads, scale,
             math.log(linear_weight) if linear_weight > 0 else 0.0,
             HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None,
             SINKS=sink_k.shape[2], WINDOW=window, KEYS=max(triton.next_power_of_2(window + sink_k.shape[2]), 16),
@@ -182,8 +187,11 @@ def hybrid_step(
     if window_weight not in (0, 1):
         log_factor = log_factor + math.log(window_weight)
     meta = None if meta_logit is None else meta_logit.float()
+    maps = [feature_map_q, feature_map_k]
+    if linear_weight > 0:
+        maps = [x.contiguous() for x in maps]
     return _hybrid_step(
-        q, k, v, feature_map_q.contiguous(), feature_map_k.contiguous(), log_factor, meta, position, state.ring_k,
+        q, k, v, *maps, log_factor, meta, position, state.ring_k,
         state.ring_v, state.states, state.sums, state.sink_k, state.sink_v, scale, linear_weight, window_weight,
     )  # fmt: skip
 
@@ -203,17 +211,18 @@ def _gated_step(
     normalize: bool,
 ) -> Tensor:
     batch, heads, dim = q.shape
-    width, features = v.shape[-1], states.shape[2]
+    width, (num_states, features) = v.shape[-1], states.shape[1:3]
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
-    columns, warps = _cut(width, batch * heads, 1)
+    columns, warps = _cut(width, batch * num_states, 1)
     with on_device_of(q):
-        gated_step_kernel[(width // columns, heads, batch)](
+        gated_step_kernel[(width // columns, num_states, batch)](
             q, k, v, sums if log_gate is None else log_gate, q if map_q is None else map_q,
             k if map_k is None else map_k, position, states, sums, out,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-            *((0, 0) if log_gate is None else log_gate.stride()), heads, heads // k.shape[1],
-            1 if map_k is None else heads // map_k.shape[0], scale, HAS_GATE=log_gate is not None,
-            HAS_MAP=map_q is not None, NORMALIZE=normalize, DIM=dim, HALF=features // 2, V=width, BV=columns,
+            *((0, 0) if log_gate is None else log_gate.stride()), states.stride(0), *sums.stride()[:2],
+            num_states // k.shape[1], 1 if map_k is None else num_states // map_k.shape[0], scale,
+            HAS_GATE=log_gate is not None, HAS_MAP=map_q is not None, NORMALIZE=normalize,
+            QUERIES=heads // num_states, DIM=dim, HALF=features // 2, V=width, BV=columns,
             num_warps=warps,
         )  # fmt: skip
     return out
@@ -243,9 +252,9 @@ def gated_step(
     Args:
         q: (B, H, D), or features (B, H, F) without maps.
         k, v: (B, G, D) and (B, G, V).
-        log_gate: (B, H) fp32, or None.
-        states: (B, H, F, V) fp32, updated.
-        sums: (2, B, H, F) fp32, updated; the copy `position mod 2` is the current one.
+        log_gate: (B, N) fp32, or None.
+        states: (B, N, F, V) fp32, updated; N is H, or with maps L if the heads that share one share their gate too.
+        sums: (2, B, N, F) fp32, updated; the copy `position mod 2` is the current one. Parts as in `HybridState`.
         position: (B,) int32 on the device, as for `hybrid_step`.
         feature_map_q, feature_map_k: (H, D, F/2) and (L, D, F/2).
         scale, normalize: as for `gated_linear_attention`.
@@ -258,8 +267,13 @@ def gated_step(
     """
     check_heads(q[:, :, None], k[:, :, None], v[:, :, None], feature_map_q, feature_map_k)
     batch, heads, features = *q.shape[:2], q.shape[2] if feature_map_q is None else 2 * feature_map_q.shape[-1]
-    state = {"states": (states, (batch, heads, features, v.shape[-1])), "sums": (sums, (2, batch, heads, features))}
-    gate_shape = {} if log_gate is None else {"log_gate": (log_gate, (batch, heads))}
+    shared = feature_map_k is not None and states.ndim == 4 and states.shape[1] == len(feature_map_k)
+    num_states = len(feature_map_k) if shared else heads  # type: ignore[arg-type]
+    state = {
+        "states": (states, (batch, num_states, features, v.shape[-1])),
+        "sums": (sums, (2, batch, num_states, features)),
+    }
+    gate_shape = {} if log_gate is None else {"log_gate": (log_gate, (batch, num_states))}
     _check_state({**state, **gate_shape, "position": (position, (batch,))})
     if reason := refuse_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]}):
         raise ValueError(reason)

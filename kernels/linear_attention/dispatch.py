@@ -63,6 +63,17 @@ def _chosen(backend: str | None, v: Tensor) -> TritonOps | None:
     return _triton() if backend is None and v.is_cuda and v.dtype == torch.bfloat16 else None
 
 
+def decode_ops(v: Tensor) -> Any:
+    """The module of the decoding steps if they are to be used for values like these, else None."""
+    if not v.is_cuda or v.dtype != torch.bfloat16:
+        return None
+    try:
+        from kit.kernels.linear_attention import decode_ops as steps
+    except ImportError:
+        return None
+    return steps
+
+
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(f"{reason}; the PyTorch path is taken, which is slower", stacklevel=3)

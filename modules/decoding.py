@@ -1,0 +1,202 @@
+"""One token at a time: a layer of transformers' cache in the form that the one-launch kernels update in place.
+
+Between forward passes of several tokens a layer of the cache is as transformers left it: window keys in order, and what
+we carry in one tensor. The first single token turns it into ring form, in the same three tensors, batch first, so that
+whatever reorders or copies a cache moves it too:
+
+- `keys`, `values` (B, G, window_size + 1 + S, D): a ring in which a row's token number p (padding does not count) lies in
+  slot p mod (window_size + 1), then the sinks. Layers without a window keep their one key, which nobody reads.
+- `recurrent_states[0]` (B, L·F·(D + 2)) fp32: the state (L, F, D), and two copies of its denominators (2, L, F).
+
+Anything but a single token turns it back first. The addresses stay the same from the first single token on.
+
+The kernels move a key into the state at the step after it left the window, and PyTorch's path at the step before. So the
+ring's state lacks φ of the key at token number (now - window_size): its slot holds a key and value of 0 after a change of
+form, whose features are subtracted then, and what is there is added when the form changes back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from kit.kernels.linear_attention import linear_state
+from kit.kernels.linear_attention.dispatch import decode_ops
+
+MOST_KEYS = 256  # of window and sinks, at head dims of up to 128: what a program holds of them
+
+
+def token_numbers(cache: Any, mask: Tensor | None, length: int) -> Tensor | None:
+    """How many tokens each row had before this single one, (B,) int32; None where the steps' kernels cannot go on.
+
+    Args:
+        cache: the model's cache; None without one.
+        mask: (B, all tokens so far or more), 0 for padding; None without padding.
+        length: new tokens.
+    """
+    if cache is None or length != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if getattr(cache, "offloading", False) or not cache.layers:
+        return None
+    ours = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    if not ours or not isinstance(ours[0], DynamicSlidingWindowLayer) or not ours[0].get_seq_length():
+        return None
+    keys, seen = ours[0].keys, ours[0].get_seq_length()
+    if decode_ops(keys) is None:
+        return None
+    if mask is None:
+        return torch.full((len(keys),), seen, dtype=torch.int32, device=keys.device)
+    if mask.shape[1] <= seen:
+        return None
+    real = mask[:, : seen + 1].bool()
+    left_only = (real[:, 1:] >= real[:, :-1]).all() & real[:, -1].all()
+    return real.sum(1, dtype=torch.int32) - 1 if bool(left_only) else None
+
+
+class DecodingSlot:
+    """One layer's cache in ring form; stands in for the whole cache while the family's attention runs.
+
+    Args:
+        layer: of transformers' cache.
+        mixer: what attends.
+        position: (B,) int32, how many tokens each row had.
+    """
+
+    def __init__(self, layer: Any, mixer: Any, position: Tensor) -> None:
+        self.layer, self.mixer, self.position = layer, mixer, position
+        if not in_ring_form(layer):
+            _to_ring(layer, mixer, position)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Count the token, and hand its key and value on: the kernel puts them into the ring."""
+        self.layer.cumulative_length += 1
+        return keys, values
+
+    @property
+    def states(self) -> tuple[Tensor, Tensor]:
+        """The state (B, L, F, D) and its denominators (2, B, L, F)."""
+        return _views(self.layer.recurrent_states[0], self.mixer)
+
+    def window(self, ops: Any) -> Any:
+        """What `hybrid_step` updates; a layer whose window has no linear past gets a state that nobody reads."""
+        slots, keys, values = self.mixer.window_size + 1, self.layer.keys, self.layer.values
+        if self.mixer.past_of_window:
+            states, sums = self.states
+        else:
+            nothing = self.position.new_empty(1, dtype=torch.float32)
+            (batch, heads, _, dim), features = keys.shape, 2 * keys.shape[-1]
+            states, sums = nothing.expand(batch, heads, features, dim), nothing.expand(2, batch, heads, features)
+        rings = keys[:, :, :slots], values[:, :, :slots]
+        return ops.HybridState(*rings, states, sums, keys[:, :, slots:], values[:, :, slots:])
+
+
+def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
+    """Whether the kernels can take single tokens of a layer, with this layer of the cache."""
+    if mixer.switched_off or softcap is not None or not isinstance(layer, DynamicSlidingWindowLayer):
+        return False
+    if mixer.linear_weight != 1 or mixer.window_weight != 1 or getattr(layer, "record_past", False):
+        return False
+    if mixer.carried_shapes() and not layer.is_recurrent_states_initialized[0]:
+        return False
+    opts = mixer.options
+    group, dim = opts.num_heads // opts.num_states, opts.head_dim
+    keys = mixer.window_size + mixer.num_sinks if mixer.ring else 0
+    sizes = {dim} | ({mixer.features} if mixer.features else set())
+    return sizes <= {32, 64, 128, 256} and group <= 16 and keys * max(dim, 128) <= MOST_KEYS * 128
+
+
+def in_ring_form(layer: Any) -> bool:
+    """Whether a layer of a cache is in ring form."""
+    return getattr(layer, "kit_ring_form", False)
+
+
+def leave_ring_form(layer: Any, mixer: Any, num_seen: int, mask: Tensor | None) -> None:
+    """Give a layer in ring form back the form that transformers' own methods need.
+
+    Args:
+        layer: of the cache.
+        mixer: what attends.
+        num_seen: columns so far; 0 after a reset.
+        mask: (B, num_seen or more), False for padding; None without.
+    """
+    layer.kit_ring_form = False
+    state = layer.recurrent_states[0]
+    shapes = mixer.carried_shapes()
+    if not num_seen:
+        if shapes:
+            layer.recurrent_states[0] = state.new_zeros(len(state), sum(torch.Size(s).numel() for s in shapes.values()))
+        if layer.keys is not None:
+            layer.keys, layer.values = (x[:, :, :0] for x in (layer.keys, layer.values))
+        return
+    batch, slots = len(layer.keys), mixer.window_size + 1
+    position = torch.full((batch,), num_seen, device=layer.keys.device)
+    if mask is not None:
+        position = mask[:, :num_seen].sum(1)
+    parts = {}
+    if "state" in shapes:
+        states, sums = _views(state, mixer)
+        current = sums[position % 2, torch.arange(batch, device=sums.device)]
+        parts["state"] = torch.cat([states, current[..., None]], -1)
+    if mixer.ring:
+        keys, values = layer.keys, layer.values
+        if mixer.past_of_window:
+            late = [_slots_of(x, ((position - mixer.window_size) % slots)[:, None]) for x in (keys, values)]
+            parts["state"] = parts["state"] + linear_state(*late, mixer.maps[1], _leaves(mixer, position)[:, None])
+        parts |= {"sink_k": keys[:, :, slots:].float(), "sink_v": values[:, :, slots:].float()}
+        count = min(num_seen, layer.sliding_window - 1)  # the oldest may be behind the layer's window: nobody reads them
+        places = (position[:, None] - count + torch.arange(count, device=keys.device)) % slots
+        layer.keys, layer.values = _slots_of(keys, places), _slots_of(values, places)
+    if shapes:
+        layer.recurrent_states[0] = torch.cat([parts[name].flatten(1) for name in shapes], 1)
+
+
+def _to_ring(layer: Any, mixer: Any, position: Tensor) -> None:
+    """Bring a layer that has seen tokens into ring form."""
+    shapes, keys = mixer.carried_shapes(), layer.keys
+    parts: dict[str, Tensor] = {}
+    if shapes:
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        pieces = layer.recurrent_states[0].split(sizes, 1)
+        parts = {name: x.unflatten(1, shapes[name]) for name, x in zip(shapes, pieces, strict=True)}
+        layer.recurrent_states[0] = keys.new_zeros(len(keys), 0, dtype=torch.float32)
+    if "state" in parts:
+        sums = parts["state"][..., -1]
+        if mixer.past_of_window:  # φ(0) is the same in all features
+            sums = sums - _leaves(mixer, position)[:, None, None] * (2 / mixer.features)
+        flat = [parts["state"][..., :-1].flatten(1), sums.flatten(1), sums.flatten(1)]
+        layer.recurrent_states[0] = torch.cat(flat, 1)
+    if mixer.ring:
+        slots, window = mixer.window_size + 1, keys.shape[2]
+        count = min(window, mixer.window_size - 1)
+        places = (position.long()[:, None] - count + torch.arange(count, device=keys.device)) % slots
+        rings = []
+        for x, sink in ((layer.keys, parts.get("sink_k")), (layer.values, parts.get("sink_v"))):
+            ring = x.new_zeros(*x.shape[:2], slots + mixer.num_sinks, x.shape[3])
+            at = places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+            ring.scatter_(2, at, x[:, :, window - count :])
+            if sink is not None:
+                ring[:, :, slots:] = sink
+            rings.append(ring)
+        layer.keys, layer.values = rings
+    layer.kit_ring_form = True
+
+
+def _views(flat: Tensor, mixer: Any) -> tuple[Tensor, Tensor]:
+    """The state (B, L, F, D) and its denominators (2, B, L, F) in the tensor that holds them."""
+    shape = mixer.options.num_states, mixer.features
+    size = shape[0] * shape[1] * mixer.options.head_dim
+    states = flat[:, :size].unflatten(1, (*shape, mixer.options.head_dim))
+    return states, flat[:, size:].unflatten(1, (2, *shape)).transpose(0, 1)
+
+
+def _slots_of(ring: Tensor, slots: Tensor) -> Tensor:
+    """Keys of a ring (B, G, ..., D) in given slots (B, N): (B, G, N, D)."""
+    return ring.gather(2, slots.long()[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3]))
+
+
+def _leaves(mixer: Any, position: Tensor) -> Tensor:
+    """Whether the token at (now - window_size) has been, and is no sink: (B,)."""
+    return position - mixer.window_size >= mixer.num_sinks
