@@ -4,15 +4,15 @@ Between forward passes of several tokens a layer of the cache is as transformers
 we carry in one tensor. The first single token turns it into ring form, in the same three tensors, batch first, so that
 whatever reorders or copies a cache moves it too:
 
-- `keys`, `values` (B, G, window_size + 1 + S, D): a ring in which a row's token number p (padding does not count) lies in
-  slot p mod (window_size + 1), then the sinks. Layers without a window keep their one key, which nobody reads.
+- `keys`, `values` (B, G, window_size + 1 + S, D): a ring in which a row's token number p (padding does not count) lies
+  in slot p mod (window_size + 1), then the sinks. Layers without a window keep their one key, which nobody reads.
 - `recurrent_states[0]` (B, L·F·(D + 2)) fp32: the state (L, F, D), and two copies of its denominators (2, L, F).
 
 Anything but a single token turns it back first. The addresses stay the same from the first single token on.
 
-The kernels move a key into the state at the step after it left the window, and PyTorch's path at the step before. So the
-ring's state lacks φ of the key at token number (now - window_size): its slot holds a key and value of 0 after a change of
-form, whose features are subtracted then, and what is there is added when the form changes back.
+The kernels move a key into the state one step later than PyTorch's path does. So the ring's state lacks φ of token
+number (now - window_size). After a change of form its slot holds a key and a value of 0, whose features are subtracted;
+when the form changes back, those of what the slot holds then are added.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kit.kernels.linear_attention import linear_state
-from kit.kernels.linear_attention.dispatch import decode_ops
+from kit.kernels.linear_attention.dispatch import StepOps, step_ops
 
 MOST_KEYS = 256  # of window and sinks, at head dims of up to 128: what a program holds of them
 
@@ -45,7 +46,7 @@ def token_numbers(cache: Any, mask: Tensor | None, length: int) -> Tensor | None
     if not ours or not isinstance(ours[0], DynamicSlidingWindowLayer) or not ours[0].get_seq_length():
         return None
     keys, seen = ours[0].keys, ours[0].get_seq_length()
-    if decode_ops(keys) is None:
+    if step_ops(keys) is None:
         return None
     if mask is None:
         return torch.full((len(keys),), seen, dtype=torch.int32, device=keys.device)
@@ -66,9 +67,9 @@ class DecodingSlot:
     """
 
     def __init__(self, layer: Any, mixer: Any, position: Tensor) -> None:
-        self.layer, self.mixer, self.position = layer, mixer, position
+        self.layer, self.mixer, self.position = layer, mixer, position.to(layer.keys.device)
         if not in_ring_form(layer):
-            _to_ring(layer, mixer, position)
+            _to_ring(layer, mixer, self.position)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Count the token, and hand its key and value on: the kernel puts them into the ring."""
@@ -80,7 +81,7 @@ class DecodingSlot:
         """The state (B, L, F, D) and its denominators (2, B, L, F)."""
         return _views(self.layer.recurrent_states[0], self.mixer)
 
-    def window(self, ops: Any) -> Any:
+    def window(self, ops: StepOps) -> Any:
         """What `hybrid_step` updates; a layer whose window has no linear past gets a state that nobody reads."""
         slots, keys, values = self.mixer.window_size + 1, self.layer.keys, self.layer.values
         if self.mixer.past_of_window:
@@ -95,9 +96,13 @@ class DecodingSlot:
 
 def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
     """Whether the kernels can take single tokens of a layer, with this layer of the cache."""
-    if mixer.switched_off or softcap is not None or not isinstance(layer, DynamicSlidingWindowLayer):
+    if mixer.switched_off or softcap is not None or not hasattr(layer, "recurrent_states"):
         return False
+    if not isinstance(layer, DynamicSlidingWindowLayer) or type(layer).update is not DynamicSlidingWindowLayer.update:
+        return False  # keys that lie elsewhere, or in another form
     if mixer.linear_weight != 1 or mixer.window_weight != 1 or getattr(layer, "record_past", False):
+        return False
+    if layer.keys.dtype != layer.values.dtype:
         return False
     if mixer.carried_shapes() and not layer.is_recurrent_states_initialized[0]:
         return False
@@ -113,6 +118,7 @@ def in_ring_form(layer: Any) -> bool:
     return getattr(layer, "kit_ring_form", False)
 
 
+@torch.no_grad()
 def leave_ring_form(layer: Any, mixer: Any, num_seen: int, mask: Tensor | None) -> None:
     """Give a layer in ring form back the form that transformers' own methods need.
 
@@ -132,6 +138,7 @@ def leave_ring_form(layer: Any, mixer: Any, num_seen: int, mask: Tensor | None) 
             layer.keys, layer.values = (x[:, :, :0] for x in (layer.keys, layer.values))
         return
     batch, slots = len(layer.keys), mixer.window_size + 1
+    count = min(num_seen, layer.sliding_window - 1)  # those behind the mixer's window are anything, nobody reads them
     position = torch.full((batch,), num_seen, device=layer.keys.device)
     if mask is not None:
         position = mask[:, :num_seen].sum(1)
@@ -143,12 +150,15 @@ def leave_ring_form(layer: Any, mixer: Any, num_seen: int, mask: Tensor | None) 
     if mixer.ring:
         keys, values = layer.keys, layer.values
         if mixer.past_of_window:
-            late = [_slots_of(x, ((position - mixer.window_size) % slots)[:, None]) for x in (keys, values)]
-            parts["state"] = parts["state"] + linear_state(*late, mixer.maps[1], _leaves(mixer, position)[:, None])
+            late = ((position - mixer.window_size) % slots)[:, None]
+            counts = _leaves(mixer, position)[:, None]
+            missing = linear_state(_slots_of(keys, late), _slots_of(values, late), mixer.maps[1], counts)
+            parts["state"] = parts["state"] + missing
         parts |= {"sink_k": keys[:, :, slots:].float(), "sink_v": values[:, :, slots:].float()}
-        count = min(num_seen, layer.sliding_window - 1)  # the oldest may be behind the layer's window: nobody reads them
         places = (position[:, None] - count + torch.arange(count, device=keys.device)) % slots
         layer.keys, layer.values = _slots_of(keys, places), _slots_of(values, places)
+    else:
+        layer.keys, layer.values = (F.pad(x, (0, 0, count - x.shape[2], 0)) for x in (layer.keys, layer.values))
     if shapes:
         layer.recurrent_states[0] = torch.cat([parts[name].flatten(1) for name in shapes], 1)
 

@@ -33,7 +33,7 @@ from kit.kernels.linear_attention import (
     hybrid_attention,
     sequence_bounds,
 )
-from kit.kernels.linear_attention.dispatch import decode_ops
+from kit.kernels.linear_attention.dispatch import StepOps, step_ops
 from kit.modules.decoding import DecodingSlot
 
 NOTHING = -1e30  # logarithm of a weight of 0; two infinite ones have no sum that can be differentiated
@@ -243,15 +243,20 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def _steps(self, v: Tensor) -> StepOps:
+        ops = step_ops(v)
+        assert ops is not None
+        return ops
+
     def _decode_window(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot, **options: Any) -> Tensor:
         """`hybrid_step` of a window without a linear past."""
-        ops = decode_ops(v)
+        ops = self._steps(v)
         maps = [q.new_empty(1).expand(x.shape[1], *[q.shape[-1]] * 2) for x in (q, k)]  # they are not looked at
+        token = (x[:, :, 0].to(v.dtype) for x in (q, k, v))
         factor = torch.zeros(q.shape[1], device=q.device)
         out = ops.hybrid_step(
-            *(x[:, :, 0].to(v.dtype) for x in (q, k, v)), *maps, factor, slot.window(ops), slot.position, scale=step.scale,
-            linear_weight=0.0, **options,
-        )  # fmt: skip
+            *token, *maps, factor, slot.window(ops), slot.position, scale=step.scale, linear_weight=0.0, **options
+        )
         return out[:, :, None]
 
     def _decode_linear(
@@ -259,7 +264,7 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """`gated_step`; log_gate (B, L)."""
         token = (x[:, :, 0].to(v.dtype) for x in (q, k, v))
-        return decode_ops(v).gated_step(*token, log_gate, *slot.states, slot.position, *maps)[:, :, None]
+        return self._steps(v).gated_step(*token, log_gate, *slot.states, slot.position, *maps)[:, :, None]
 
     def log_weights(self, q: Tensor, k: Tensor, step: Step, start: int, stop: int) -> Tensor:
         """Logarithms of what each key counts for queries start to stop: (B, H, C, D) of (B, H, T, D) -> (B, H, C, T).
@@ -455,7 +460,7 @@ class HybridLinearAttention(_FeatureMaps):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot) -> Tensor:
         """See `Mixer`."""
-        ops = decode_ops(v)
+        ops = self._steps(v)
         token = (x[:, :, 0].to(v.dtype) for x in (q, k, v))
         factor = F.logsigmoid(self.window_factor.float())
         out = ops.hybrid_step(*token, *self.maps, factor, slot.window(ops), slot.position, scale=step.scale)

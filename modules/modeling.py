@@ -72,7 +72,8 @@ class LinearizedAttention:
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         """Like the family's attention; remembers where the cache stood before this step, and what enters the layer."""
         slot: CacheSlot | DecodingSlot | None = None
-        cache, mixer, position = kwargs.get(cache_argument(kwargs)), self.linear_attention, kwargs.pop("token_numbers", None)
+        cache, mixer = kwargs.get(cache_argument(kwargs)), self.linear_attention
+        position = kwargs.pop("token_numbers", None)
         if cache is not None and mixer is not None and self.layer_idx < len(cache.layers):  # type: ignore[attr-defined]
             layer = cache.layers[self.layer_idx]  # type: ignore[attr-defined]
             softcap = getattr(self, "attn_logit_softcapping", None)
@@ -193,7 +194,8 @@ class LinearizedModel(LinearizedPreTrained):
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be 2-D (B, T), got shape {tuple(attention_mask.shape)}")
         segment_ids = None
-        new = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+        given = input_ids if input_ids is not None else inputs_embeds
+        new = 0 if given is None else given.shape[1]
         if attention_mask is not None and position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         elif attention_mask is None and position_ids is not None and kwargs.get(cache_argument(kwargs)) is None:

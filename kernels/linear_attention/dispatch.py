@@ -32,6 +32,14 @@ class TritonOps(NamedTuple):
     hybrid_unsupported: Callable
 
 
+class StepOps(NamedTuple):
+    """The decoding steps on Triton, and what `hybrid_step` updates."""
+
+    hybrid_step: Callable
+    gated_step: Callable
+    HybridState: Callable
+
+
 def _triton() -> TritonOps | None:
     """The Triton operations, or None where Triton is not installed.
 
@@ -63,15 +71,15 @@ def _chosen(backend: str | None, v: Tensor) -> TritonOps | None:
     return _triton() if backend is None and v.is_cuda and v.dtype == torch.bfloat16 else None
 
 
-def decode_ops(v: Tensor) -> Any:
-    """The module of the decoding steps if they are to be used for values like these, else None."""
+def step_ops(v: Tensor) -> StepOps | None:
+    """The decoding steps if they are to be used for values like these, else None."""
     if not v.is_cuda or v.dtype != torch.bfloat16:
         return None
     try:
-        from kit.kernels.linear_attention import decode_ops as steps
+        from kit.kernels.linear_attention.decode_ops import HybridState, gated_step, hybrid_step
     except ImportError:
         return None
-    return steps
+    return StepOps(hybrid_step, gated_step, HybridState)
 
 
 @functools.cache
