@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from kit.kernels.linear_attention import linear_state
 from kit.kernels.linear_attention.dispatch import StepOps, step_ops
 
-MOST_KEYS = 256  # of window and sinks, at head dims of up to 128: what a program holds of them
+MOST_NUMBERS = 256 * 128  # of the window's keys and the sinks: what a program can hold
 
 
 def token_numbers(cache: Any, mask: Tensor | None, length: int) -> Tensor | None:
@@ -88,8 +88,8 @@ class DecodingSlot:
             states, sums = self.states
         else:
             nothing = self.position.new_empty(1, dtype=torch.float32)
-            (batch, heads, _, dim), features = keys.shape, 2 * keys.shape[-1]
-            states, sums = nothing.expand(batch, heads, features, dim), nothing.expand(2, batch, heads, features)
+            batch, heads, _, dim = keys.shape
+            states, sums = nothing.expand(batch, heads, 32, dim), nothing.expand(2, batch, heads, 32)
         rings = keys[:, :, :slots], values[:, :, :slots]
         return ops.HybridState(*rings, states, sums, keys[:, :, slots:], values[:, :, slots:])
 
@@ -108,9 +108,9 @@ def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
         return False
     opts = mixer.options
     group, dim = opts.num_heads // opts.num_states, opts.head_dim
-    keys = mixer.window_size + mixer.num_sinks if mixer.ring else 0
+    keys = 2 ** (mixer.window_size + mixer.num_sinks - 1).bit_length() if mixer.ring else 0
     sizes = {dim} | ({mixer.features} if mixer.features else set())
-    return sizes <= {32, 64, 128, 256} and group <= 16 and keys * max(dim, 128) <= MOST_KEYS * 128
+    return sizes <= {32, 64, 128, 256} and group <= 16 and keys <= 512 and keys * dim <= MOST_NUMBERS
 
 
 def in_ring_form(layer: Any) -> bool:

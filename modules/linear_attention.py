@@ -251,7 +251,7 @@ class Mixer(nn.Module):
     def _decode_window(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slot: DecodingSlot, **options: Any) -> Tensor:
         """`hybrid_step` of a window without a linear past."""
         ops = self._steps(v)
-        maps = [q.new_empty(1).expand(x.shape[1], *[q.shape[-1]] * 2) for x in (q, k)]  # they are not looked at
+        maps = [q.new_empty(1).expand(x.shape[1], q.shape[-1], 16) for x in (q, k)]  # they are not looked at
         token = (x[:, :, 0].to(v.dtype) for x in (q, k, v))
         factor = torch.zeros(q.shape[1], device=q.device)
         out = ops.hybrid_step(

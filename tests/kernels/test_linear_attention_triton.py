@@ -255,6 +255,25 @@ def test_gated_decoding_equals_the_whole(half, normalize):
     assert relative(torch.stack(out, 2), want) < 1e-5
 
 
+def test_gated_decoding_of_heads_that_share_a_state():
+    """States, denominators and gates a map of keys, in parts of larger tensors."""
+    x = gated_inputs(heads=6, kv_heads=2, length=12, half=16)
+    x["log_gate"] = x["log_gate"][:, ::3].repeat_interleave(3, 1)
+    want, _ = gated_reference.gated_linear_attention(**{n: t.double() for n, t in x.items()})
+    x = {n: t.to(DEVICE) for n, t in x.items()}
+    kept = torch.zeros(2, 2 * 32 * 34 + 16, device=DEVICE)
+    states = kept[:, : 2 * 32 * 32].unflatten(1, (2, 32, 32))
+    sums = kept[:, 2 * 32 * 32 : -16].unflatten(1, (2, 2, 32)).transpose(0, 1)
+    position, out = torch.zeros(2, dtype=torch.int32, device=DEVICE), []
+    for t in range(12):
+        rows = (x[n][:, :, t] for n in ("q", "k", "v"))
+        gate = x["log_gate"][:, ::3, t]
+        out.append(gated_step(*rows, gate, states, sums, position, x["feature_map_q"], x["feature_map_k"]))
+        position += 1
+    assert relative(torch.stack(out, 2), want) < 1e-5
+    assert not kept[:, -16:].any()
+
+
 def on_device(inputs):
     return {n: t.to(DEVICE) for n, t in inputs.items()}
 

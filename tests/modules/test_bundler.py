@@ -1,4 +1,5 @@
 import ast
+import importlib.util
 import subprocess
 import sys
 
@@ -25,11 +26,19 @@ def test_the_bundle_imports_where_kit_is_not_installed(tmp_path):
     (package / "__init__.py").touch()
     for name, source in bundle("kit.modules.modeling").items():
         (package / name).write_text(source)
-    code = (
-        "import sys; sys.modules['kit'] = None; import bundled.kit_modules_modeling as m; print(m.KitLlamaForCausalLM)"
-    )
+    code = """
+import sys
+sys.modules["kit"] = None
+import bundled.kit_modules_modeling as m
+print(m.KitLlamaForCausalLM)
+import torch, types
+from bundled.kit_kernels_linear_attention_dispatch import step_ops
+print(step_ops(types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "bundled.kit_modules_modeling.KitLlamaForCausalLM" in done.stdout, done.stderr
+    if importlib.util.find_spec("triton"):
+        assert "StepOps(hybrid_step=" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

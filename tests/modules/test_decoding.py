@@ -109,7 +109,7 @@ def ours(model):
 def test_steps_equal_the_whole_with_chunks_between(kind, kernels):
     model, ids = make(kind), tokens(21, 1 if kind == "mixed" else 2)
     want = model(ids, use_cache=False).logits
-    for sizes in ([1] * 7, [3, 1, 3, 1, 9, 1, 1, 2]):
+    for sizes in ([1, 1], [3, 1, 3, 1, 9, 1, 1, 2]):
         kernels.clear()
         got = run(model, ids, sizes, cache_of(model))
         torch.testing.assert_close(got, want[:, : sum(sizes)], **CLOSE)
@@ -130,11 +130,11 @@ def test_left_padding_changes_no_real_position(kind, kernels):
     assert len(kernels) == 6 * ours(model)
 
 
-@pytest.mark.parametrize("kind", ["hybrid with sinks", "gated", "linear"])
+@pytest.mark.parametrize("kind", ["hybrid with sinks", "gated"])
 def test_rows_in_another_order_copies_and_resets(kind, kernels):
-    model, ids = make(kind), tokens(20, 3)
+    model, ids = make(kind), tokens(20)
     want = model(ids, use_cache=False).logits
-    cache, order = cache_of(model), torch.tensor([2, 0, 0], device=DEVICE)
+    cache, order = cache_of(model), torch.tensor([1, 0], device=DEVICE)
     run(model, ids[:, :12], [10, 1, 1], cache)
     other = copy.deepcopy(cache)
     kernels.clear()
@@ -160,11 +160,12 @@ def test_nothing_moves_or_grows(kind, kernels):
         if x is not None
     ]
     before = where()
-    run(model, ids[:, 10:], [1] * 6, cache)
+    got = run(model, ids[:, 10:], [1] * 6, cache)
     assert where() == before
     opts = next(m for m in model.modules() if isinstance(m, Mixer))
     assert layers[0].keys.shape[2] == (WINDOW + 1 + opts.num_sinks if opts.ring else 1)
     assert cache.get_seq_length() == 16
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, 10:], **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["hybrid with sinks", "linear"])
@@ -179,7 +180,7 @@ def test_a_cache_that_keeps_more_than_the_layers_window(kind):
 def test_generation_is_that_without_the_kernels(kind, kernels, monkeypatch):
     model, ids = make(kind), torch.cat([F.pad(tokens(8, 1), (3, 0)), tokens(11, 1)])
     mask = (ids != 0).long()
-    options = [{"max_new_tokens": 6}, {"max_new_tokens": 4, "num_beams": 2}]
+    options = [{"max_new_tokens": 4}, {"max_new_tokens": 3, "num_beams": 2}]
     got = [model.generate(ids, attention_mask=mask, do_sample=False, **o) for o in options]
     assert kernels
     kernels.clear()
@@ -208,6 +209,22 @@ def test_what_the_kernels_cannot_take_goes_the_other_way(kernels):
     got.append(run(model, ids[:, 11:], [1, 4], cache))
     assert len(kernels) == taken + ours(model)
     torch.testing.assert_close(torch.cat(got, 1), want[:, 10:], **CLOSE)
+
+
+@pytest.mark.skipif(not GPU, reason="bf16 on a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_on_a_gpu_is_as_exact_as_the_other_path(kind, kernels, monkeypatch):
+    monkeypatch.undo()
+    model, ids = make(kind), tokens(40)
+    want = model(ids, use_cache=False).logits[:, 20:]
+    model.bfloat16()
+    cache = cache_of(model)
+    got = run(model, ids, [20, *[1] * 10, 5, *[1] * 5], cache)[:, 20:]
+    assert any(decoding.in_ring_form(layer) for layer in cache.layers)
+    monkeypatch.setattr(decoding, "step_ops", lambda v: None)
+    other = run(model, ids, [20, *[1] * 10, 5, *[1] * 5], cache_of(model))[:, 20:]
+    ours_off, other_off = ((x.float() - want).norm() / want.norm() for x in (got, other))
+    assert ours_off < 1.5 * other_off + 1e-3
 
 
 def test_it_takes_cuda_and_bf16_only(monkeypatch):
