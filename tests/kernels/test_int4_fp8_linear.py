@@ -24,7 +24,7 @@ from kit.kernels.int4_fp8.reference import quantize_activations
 
 if not HAS_TRITON:
     pytest.skip("no Triton", allow_module_level=True)
-from kit.kernels.int4_fp8 import linear_launch
+from kit.kernels.int4_fp8 import linear, linear_launch
 from kit.kernels.int4_fp8.linear_launch import Cut
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -371,6 +371,22 @@ def test_many_tokens_may_take_the_rounded_weight():
     y = int4_fp8_linear(quantize_fp8(x), packed, bias, exact=False)
     error = (y.double().cpu() - product(x, exact, bias)).norm() / product(x, exact, bias).norm()
     assert 1e-3 < error < 0.035
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_an_older_gpu_multiplies_dequantized_weights_and_says_so_once(monkeypatch):
+    packed, exact = weight(100, 256, 64, True)
+    x = inputs_of(5, 256)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    linear._is_hopper.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Hopper") as said:
+            found = [int4_fp8_linear(x, packed) for _ in range(2)]
+        assert len(said) == 1
+    finally:
+        linear._is_hopper.cache_clear()
+    for y in found:
+        close(y, product(x, exact), 1e-2)  # PyTorch on a GPU divides by 448 as 1 / 448 times: ties may turn
 
 
 def test_a_packed_weight_is_made_of_what_a_module_registers():

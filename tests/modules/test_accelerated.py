@@ -448,3 +448,16 @@ def test_a_model_on_the_kernels_stays_on_its_gpu(make):
     assert model.cuda() is model
     assert {p.device.type for p in model.parameters()} == {"cuda"}
     assert torch.equal(generate(model, ids, mask).sequences, before.sequences)
+
+
+@needs_gpu
+def test_an_older_gpu_keeps_the_modules_with_one_warning(make, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    accelerated._warn_once.cache_clear()
+    model = make(dtype=torch.bfloat16).cuda()
+    with pytest.warns(UserWarning, match="Hopper"):
+        assert on_kernels(model) is model
+    assert getattr(model, "fused", None) is None
+    assert getattr(on_gpu(make(dtype=torch.bfloat16)), "fused", None) is None
+    ids, mask = (x.cuda() for x in prompts())
+    assert torch.stack(generate(model, ids, mask).logits).isfinite().all()
