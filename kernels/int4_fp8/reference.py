@@ -111,6 +111,11 @@ def cast_fp8(x: Tensor) -> Tensor:
 # ---- activations
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number, to the same bits on every device: on a GPU, PyTorch multiplies by 1 / number, and ties turn."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dynamic FP8, one scale a token.
 
@@ -123,7 +128,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
+    scale = torch.where(largest == 0, 1.0, divided(largest, FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
     return cast_fp8(x / scale), torch.where(largest.isfinite(), scale, torch.nan)
 
 
@@ -175,11 +180,11 @@ def quantize_kv(x: Tensor, symmetric: bool, order: Tensor | None = None, factor:
     """
     x = x.float()
     if symmetric:
-        scale = _cache_scale(x.abs().amax(-1, keepdim=True) / 7.5)
+        scale = _cache_scale(divided(x.abs().amax(-1, keepdim=True), 7.5))
         zero = torch.zeros_like(scale)
     else:
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        scale = _cache_scale((high - low) / 15)
+        scale = _cache_scale(divided(high - low, 15))
         zero = (INT4_MIN - low / scale).round().clamp(INT4_MIN, INT4_MAX)
     if order is None or factor is None:
         codes = (x / scale + zero).round().clamp(INT4_MIN, INT4_MAX)
