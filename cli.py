@@ -51,6 +51,10 @@ Dataset = Annotated[
     typer.Option(help="Hub id, .txt/.jsonl/.parquet file, folder, or self.", show_default=False),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeatable.")]
+Kernels = Annotated[
+    bool,
+    typer.Option("--kernels/--no-kernels", help="Quantized models on the INT4-FP8 kernels, on a GPU that has them."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to make.", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
@@ -550,6 +554,7 @@ def _measure(
     covariance: Annotated[
         Path | None, typer.Option(help="Of --retention's leak; else measured on --dataset.", show_default=False)
     ] = None,
+    kernels: Kernels = True,
     dense_prefix: Annotated[
         int, typer.Option(min=0, help="Sparse models: tokens of a text that run dense; else every token is sparse.")
     ] = 0,
@@ -606,6 +611,7 @@ def _measure(
         generations=generations,
         retention=RetentionOptions(retention, covariance, limit, batch_size) if retention is not None else None,
         dense_prefix=dense_prefix,
+        kernels=kernels,
         trust_remote_code=trust_remote_code,
         progress=_progress(quiet or json_),
     )
@@ -655,10 +661,12 @@ def compare(
     **options: Any,
 ) -> None:
     """Measure several models, and say which differences between them are significant."""
-    from kit.convert.compare import check_files, open_or_read, write_comparison
+    from kit.convert.compare import FILES, open_or_read, write_comparison
     from kit.convert.compare import compare as run
+    from kit.convert.outputs import check_files
 
-    check_files(plot, output)
+    again = options["overwrite"] or options["resume"]
+    check_files(output, FILES, plot=plot, replace=again, resume=True)
     result = _measure(run, open_or_read, models=models, output=output, **options)
     _print_json(result) if options["json_"] else _print_comparison(result)
     write_comparison(result, plot, output)
@@ -667,7 +675,7 @@ def compare(
 @app.command()
 @_with_options_of(
     _measure,
-    without=("models", "ablations", "speed", "generations", "retention", "covariance", "dense_prefix"),
+    without=("models", "ablations", "speed", "generations", "retention", "covariance", "dense_prefix", "kernels"),
 )
 def ablate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A linearized checkpoint.", show_default=False)],
@@ -689,15 +697,16 @@ def ablate(
 ) -> None:
     """Say whether a linearized model's linear branch carries weight: beside its parts and training-free windows."""
     from kit.convert.ablate import ablate as run
-    from kit.convert.ablation_table import notes, rich_table, write_ablation
+    from kit.convert.ablation_table import FILES, notes, rich_table, write_ablation
     from kit.convert.checkpoint import open_checkpoint
-    from kit.convert.compare import check_files
+    from kit.convert.outputs import check_files
     from kit.convert.report import settings_line
 
     def open_model(name: str, *, base: str | None, trust_remote_code: bool) -> Any:
         return open_checkpoint(name, trust_remote_code=trust_remote_code)
 
-    check_files(plot, output)
+    again = options["overwrite"] or options["resume"]
+    check_files(output, FILES, plot=plot, replace=again, resume=True)
     options |= {"models": [model], "seq_len": seq_len, "recall": recall, "output": output}
     result = _measure(run, open_model, **options)
     if options["json_"]:
@@ -742,6 +751,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     device: Device = "auto",
+    kernels: Kernels = True,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
 ) -> None:
@@ -760,6 +770,7 @@ def chat(
         dtype=dtype,
         device=resolve_device(device),
         trust_remote_code=trust_remote_code,
+        kernels=kernels,
     )
 
 
@@ -788,6 +799,7 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of prompts and random weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --output.")] = False,
     json_: Json = False,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -796,25 +808,36 @@ def bench(
     """Measure prefill, decoding, time to the first token, and memory, over batch and context."""
     _libraries(verbose)
     from kit.convert import bench as benching
+    from kit.convert.outputs import check_files
     from kit.convert.pipeline import resolve_device
 
-    benching.check_folder(output)
-    result = benching.bench(
-        model,
-        base=base,
-        config=config,
-        batches=_lengths(batch_size, "--batch-size", "batch sizes") or [],
-        contexts=_lengths(context, "--context") or [],
-        new_tokens=new_tokens,
-        repeats=repeats,
-        dtype=dtype,
-        device=resolve_device(device),
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        progress=_progress(quiet or json_).log,
-    )
-    if output is not None:
-        benching.write_bench(result, output)
+    check_files(output, benching.FILES, replace=overwrite)
+    latest: dict[str, Any] = {}
+
+    def keep(result: dict[str, Any]) -> None:
+        latest.update(result)
+        if output is not None:
+            benching.write_bench(result, output)
+
+    try:
+        result = benching.bench(
+            model,
+            base=base,
+            config=config,
+            batches=_lengths(batch_size, "--batch-size", "batch sizes") or [],
+            contexts=_lengths(context, "--context") or [],
+            new_tokens=new_tokens,
+            repeats=repeats,
+            dtype=dtype,
+            device=resolve_device(device),
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            progress=_progress(quiet or json_).log,
+            keep=keep,
+        )
+    except KeyboardInterrupt:
+        print(benching.missing_line(latest), file=sys.stderr)
+        raise
     _print_json(result) if json_ else _print_bench(result)
 
 
@@ -1063,8 +1086,16 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     console = _console()
     console.print(rich_table(result["rows"]))
     console.print(settings_line(result["settings"]), highlight=False)
+    _print_paths(console, result)
     _print_tasks(console, result)
     print_details(console, result)
+
+
+def _print_paths(console: Any, result: dict[str, Any]) -> None:
+    """A line for each quantized model: what it ran on."""
+    paths = {row["name"]: row["runs_on"] for row in result["rows"] if "runs_on" in row and ", " not in row["name"]}
+    for name, path in paths.items():
+        console.print(f"{name}: {path}", highlight=False, markup=False)
 
 
 def _print_tasks(console: Any, result: dict[str, Any]) -> None:
@@ -1082,6 +1113,7 @@ def _print_comparison(result: dict[str, Any]) -> None:
     console = _console()
     console.print(compared_table(result["rows"], result["comparisons"]))
     console.print(settings_line(result["settings"]), highlight=False)
+    _print_paths(console, result)
     if table := comparison_table(result["comparisons"]):
         console.print(table)
     _print_tasks(console, result)
@@ -1132,13 +1164,18 @@ def _fail(error: BaseException) -> None:
 
 
 def _interrupted() -> None:
-    command = _command_line()
-    started = any(name in sys.argv[1:] for name in ("adapt", "augment", "convert", "quantize", "sparsify"))
-    measured = {"eval", "ablate"} & {*sys.argv[1:]}
-    started = started or bool(measured and any(a.startswith(("-o", "--output")) for a in sys.argv[1:]))
-    if started and "--resume" not in command:
-        command += " --resume"
-    print(f"interrupted: finished steps are kept\n  where: {Path.cwd()}\n  next:  {command}", file=sys.stderr)
+    command, given = _command_line(), {*sys.argv[1:]}
+    written = any(argument.startswith(("-o", "--output")) for argument in given)
+    again = ""
+    if given & {"adapt", "augment", "convert", "quantize", "sparsify"} or (
+        given & {"eval", "compare", "ablate"} and written
+    ):
+        again = " --resume"
+    elif "bench" in given and written:
+        again = " --overwrite"
+    kept = ": finished steps are kept" if again else ""
+    command += again if again.strip() not in given else ""
+    print(f"interrupted{kept}\n  where: {Path.cwd()}\n  next:  {command}", file=sys.stderr)
     sys.exit(130)
 
 

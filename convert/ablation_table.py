@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from kit.convert.errors import KitError
+from kit.convert.outputs import replacing, write_text
 
+FILES = ("ablate.json", "ablate.md", "ablate.png")  # in the folder of `kit ablate -o`
 STYLES = (  # a row's colour and dashes, in the order of `ablate`
     ("black", "-"), ("tab:blue", "-"), ("tab:blue", "--"), ("tab:blue", "-."), ("tab:blue", ":"),
     ("tab:orange", "--"), ("tab:orange", "-."),
@@ -170,10 +172,10 @@ def plot_ablation(result: dict[str, Any], path: Path) -> None:
 
 
 def write_ablation(result: dict[str, Any], plot: Path | None, folder: Path | None) -> None:
-    """Write the plot into a file, and result, table and plot into a folder (ablate.json, ablate.md, ablate.png)."""
+    """Write the plot into a file, and result, table and plot into a folder (FILES)."""
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ablate.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (folder / "ablate.md").write_text(markdown(result), encoding="utf-8")
-    for file in filter(None, (plot, folder and folder / "ablate.png")):
-        plot_ablation(result, file)
+        write_text(folder / FILES[0], json.dumps(result, indent=1) + "\n")
+        write_text(folder / FILES[1], markdown(result))
+    for file in filter(None, (plot, folder and folder / FILES[2])):
+        with replacing(file) as part:
+            plot_ablation(result, part)

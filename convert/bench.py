@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kit.convert.checkpoint import on_kernels, open_checkpoint, torch_dtype
 from kit.convert.errors import usage_error
+from kit.convert.outputs import replacing, write_text
 from kit.convert.shapes import random_model, shape_config
-from kit.convert.speed import measure
+from kit.convert.speed import longest, measure
 
+FILES = ("bench.json", "bench.png")  # in the folder of `kit bench -o`
 SIXTEEN_BIT = "16bit"  # the base of a random model: the same shape, not quantized
 
 
@@ -31,6 +33,7 @@ def bench(
     seed: int = 0,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = lambda _: None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure a model, and a base beside it; each is freed before the next is loaded.
 
@@ -42,10 +45,12 @@ def bench(
         new_tokens: steps of decoding a measurement.
         repeats: of each prefill; the median counts.
         dtype: a torch dtype's name, or "auto".
+        keep: is given the result so far whenever a case is done.
 
     Returns:
-        `settings`, and `rows`: a model, batch and context each, with `name`, `weight_bytes` and what `speed.measure`
-        returns, or `error` where memory does not suffice.
+        `settings`; `rows`: a model, batch and context each, with `name`, `weight_bytes` and what `speed.measure`
+        returns, or `error` where memory does not suffice; `missing`: `name`, `batch` and `context` of what is not
+        measured yet.
 
     Raises:
         KitError: if a model cannot be loaded, or the options do not fit together.
@@ -70,21 +75,21 @@ def bench(
         for name, path in ((str(model), model), ("base", base)):
             if path is not None:
                 checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
-                kind = checkpoint.compute_dtype(dtype)
-                loaded = partial(checkpoint.load_model, kind, device, trust_remote_code)
-                todo.append((name, partial(_on_kernels, loaded)))
+                checkpoint.compute_dtype(dtype)  # raises
+                checkpoint.check_runs({"--context and --new-tokens": longest(max(contexts), new_tokens)})
+                to_run = partial(checkpoint.load_to_run, dtype, device, trust_remote_code=trust_remote_code)
+                todo.append((name, to_run))
     options: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "seed": seed}
-    rows = []
-    for name, load in todo:
-        rows += _rows(name, load, batches, contexts, options, progress)
-        _free()
     settings = {"device": hardware(device), "dtype": dtype, "random_weights": config is not None, **options}
-    return {"rows": rows, "settings": settings | {"versions": versions()}}
-
-
-def _on_kernels(load: Callable[[], Any]) -> Any:
-    """Load a model and put it on the kernels, where they take it."""
-    return on_kernels(load())
+    missing = [{"name": name, "batch": b, "context": c} for name, _ in todo for b in batches for c in contexts]
+    result: dict[str, Any] = {"rows": [], "missing": missing, "settings": settings | {"versions": versions()}}
+    for name, load in todo:
+        for row in _rows(name, load, batches, contexts, options, progress):
+            result["rows"].append(row)
+            missing.pop(0)
+            keep(result)
+        _free()
+    return result
 
 
 def _rows(
@@ -94,16 +99,17 @@ def _rows(
     contexts: list[int],
     options: dict[str, Any],
     progress: Callable[[str], None],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     import torch
 
-    rows, failed = [], {"error": "out of memory"}
+    failed = {"error": "out of memory"}
     progress(f"{name}: loading")
     try:
         model = load()
         weights = weight_bytes(model)
     except torch.OutOfMemoryError:
-        return [{"name": name, "batch": b, "context": c} | failed for b in batches for c in contexts]
+        yield from ({"name": name, "batch": b, "context": c} | failed for b in batches for c in contexts)
+        return
     for batch in batches:
         for context in contexts:
             progress(f"{name}: batch {batch}, context {context}")
@@ -112,8 +118,7 @@ def _rows(
                 row |= measure(model, batch=batch, context=context, **options)
             except torch.OutOfMemoryError:
                 row |= failed
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _free() -> None:
@@ -163,18 +168,20 @@ def table_lines(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     return header, lines
 
 
-def check_folder(folder: Path | None) -> None:
-    """Raise KitError if the output folder cannot be made: before anything is measured."""
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise usage_error("there is a file of that name", f"--output {folder}", "name a folder")
+def missing_line(result: dict[str, Any]) -> str:
+    """What an interrupted measurement has not measured, in a line."""
+    if not result:
+        return "no case is measured"
+    cases = [f"{case['name']}, batch {case['batch']}, context {case['context']:,}" for case in result["missing"]]
+    return f"{len(result['rows'])} cases are measured; missing: {'; '.join(cases) or 'none'}"
 
 
 def write_bench(result: dict[str, Any], folder: Path) -> None:
-    """Write bench.json and bench.png into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if any("error" not in row for row in result["rows"]):
-        plot_bench(result, folder / "bench.png")
+    """Write bench.json into a folder and, once nothing is missing, bench.png."""
+    write_text(folder / FILES[0], json.dumps(result, indent=1) + "\n")
+    if not result["missing"] and any("error" not in row for row in result["rows"]):
+        with replacing(folder / FILES[1]) as part:
+            plot_bench(result, part)
 
 
 def plot_bench(result: dict[str, Any], path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from kit.convert.checkpoint import Checkpoint, on_kernels
+from kit.convert.checkpoint import Checkpoint, run_path
 
 
 def chat(
@@ -18,10 +18,12 @@ def chat(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    kernels: bool = True,
 ) -> None:
     """Answer one prompt, or hold a conversation until end of input or `exit`.
 
-    Models with a chat template get the whole conversation through it; others continue the text.
+    Models with a chat template get the whole conversation through it; others continue the text. One line on stderr says
+    what a quantized model runs on; `kernels` are explained at `Checkpoint.load_to_run`.
 
     Raises:
         KitError: if the model cannot be loaded.
@@ -30,7 +32,9 @@ def chat(
     from transformers import TextStreamer
 
     tokenizer = checkpoint.load_tokenizer(trust_remote_code)
-    model = on_kernels(checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code))
+    model = checkpoint.load_to_run(dtype, device, trust_remote_code=trust_remote_code, kernels=kernels)
+    if path := run_path(model):
+        print(f"{checkpoint.source}: {path}", file=sys.stderr)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []

@@ -21,7 +21,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from kit.convert.errors import ExitCode, KitError, closest
+from kit.convert.errors import ExitCode, KitError, closest, usage_error
 from kit.convert.names import hub_names, matrices
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ SIDE_FILES = (
     "tokenizer*.json", "*.model", "*.tiktoken", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.*",
     "chat_template.*", "additional_chat_templates/*", "generation_config.json", "*processor_config.json",
 )  # fmt: skip
+LEARNED_POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "positions_embed.weight")
+TOWERS = ("vision", "audio", "encoder.")  # whose positions are not those of text
 HUB_FILES = ("config.json", "*.index.json", "*.py", *SIDE_FILES)
 
 
@@ -107,6 +109,16 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
+    def max_positions(self) -> int | None:
+        """How many positions a model with learned ones has; None for others, which take any length."""
+        own = {name: info for name, info in self.tensors.items() if not any(other in name for other in TOWERS)}
+        table = next((info for name, info in own.items() if name.endswith(LEARNED_POSITIONS)), None)
+        if table is None:
+            return None
+        named = (self.config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx"))
+        return min([table.shape[0], *(int(size) for size in named if size)])
+
+    @property
     def tied_embeddings(self) -> bool:
         """Whether the output head is the embedding; where config.json does not say, whether the head is not stored."""
         return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.tensors))
@@ -167,8 +179,28 @@ class Checkpoint:
         """
         return torch_dtype(self.dtype if dtype == "auto" else dtype)
 
+    def check_runs(self, lengths: dict[str, int]) -> None:
+        """Refuse what would only fail with the weights loaded.
+
+        Args:
+            lengths: tokens of the longest texts that the model will see, by the option that decides them.
+
+        Raises:
+            KitError: if keys and values are to be rounded in a way that `kit` does not compute; exit code 2, if a text
+                is longer than a model with learned positions can take.
+        """
+        _quantization_of_ours(self.config)
+        limit = self.max_positions
+        for option, length in lengths.items():
+            if limit is not None and length > limit:
+                raise usage_error(
+                    f"{self.source} has {limit:,} learned positions, and a text of {length:,} tokens is asked for",
+                    option,
+                    f"ask for {limit:,} tokens or fewer; beyond its table the model has no positions",
+                )
+
     def load_model(self, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> Any:
-        """Load the whole model for inference; every tensor must find its place.
+        """Load the whole model with its own modules, to be trained or taken apart; every tensor must find its place.
 
         transformers only warns about missing and unexpected keys and fills in random weights; here they are errors.
 
@@ -200,6 +232,28 @@ class Checkpoint:
             raise _mismatch(self, problems)
         return model.to(device).eval()
 
+    def load_to_run(
+        self,
+        dtype: torch.dtype | str = "auto",
+        device: str = "cpu",
+        *,
+        trust_remote_code: bool = False,
+        kernels: bool = True,
+    ) -> Any:
+        """Load the model as every command runs it: a quantized one on a GPU is put on the kernels (`on_kernels`).
+
+        Args:
+            dtype: a torch dtype, its name, or "auto" for the checkpoint's own.
+            device: where to.
+            trust_remote_code: let code inside the checkpoint run.
+            kernels: False leaves a quantized model on its modules.
+
+        Raises:
+            KitError: as `load_model`.
+        """
+        model = self.load_model(self.compute_dtype(dtype), device, trust_remote_code)
+        return on_kernels(model) if kernels else model
+
     def _load(self, auto_class: str, what: str, advice: str, trust_remote_code: bool, **options: Any) -> Any:
         """Call `from_pretrained` of one of transformers' Auto classes, with our architectures registered."""
         import transformers
@@ -219,17 +273,27 @@ def _quantization_of_ours(config: dict[str, Any]) -> dict[str, Any] | None:
     """A compressed-tensors config, so that our modules run it: packed weights stay packed, and so does the cache.
 
     None if the model is not quantized, or in a way that only the compressed-tensors library computes.
+
+    Raises:
+        KitError: if keys and values are to be rounded in a way that `kit` does not compute.
     """
     quantization = config.get("quantization_config") or {}
     if quantization.get("quant_method") != "compressed-tensors":
         return None
-    from kit.modules.quantized import METHOD, check_scheme
+    from kit.modules.quantized import METHOD, check_kv_scheme, check_scheme
 
     try:
         for group in quantization["config_groups"].values():
             check_scheme(group)
     except (KeyError, TypeError, ValueError):
         return None
+    text = {**config, **(config.get("text_config") or {})}
+    head_dim = text.get("head_dim") or (text.get("hidden_size") or 0) // (text.get("num_attention_heads") or 1)
+    try:
+        check_kv_scheme(quantization.get("kv_cache_scheme"), head_dim)
+    except ValueError as error:
+        advice = "run it on an engine that computes this, or quantize the original model with `kit quantize`"
+        raise KitError(str(error), where="config.json, quantization_config", next_step=advice) from error
     ours = {**(quantization.get("kit") or {}), "names": hub_names(config)}
     return {**quantization, "quant_method": METHOD, "sidecar": True, "kit": ours}
 
@@ -260,8 +324,9 @@ def load(path: str, *, dtype: torch.dtype | str = "auto", device: str = "cpu", t
     Raises:
         KitError: if it cannot be found or loaded whole.
     """
-    checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
-    return on_kernels(checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code))
+    return open_checkpoint(path, trust_remote_code=trust_remote_code).load_to_run(
+        dtype, device, trust_remote_code=trust_remote_code
+    )
 
 
 def torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -292,6 +357,19 @@ def on_kernels(model: Any) -> Any:
 
             enable_kernels(model)
     return model
+
+
+def run_path(model: Any) -> str | None:
+    """What a quantized model runs on, in words, and why not on the kernels; None for any other model."""
+    from kit.modules.quantized import QuantizedLinear
+
+    if getattr(model, "fused", None) is not None:
+        return "INT4-FP8 kernels"
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return None
+    from kit.modules.accelerated import unsupported
+
+    return f"PyTorch, weights dequantized: {unsupported(model) or 'the kernels are switched off'}"
 
 
 def open_checkpoint(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kit.convert.errors import ExitCode, KitError
+from kit.convert.outputs import replacing, write_text
 
 if TYPE_CHECKING:
     from kit.convert.checkpoint import Checkpoint
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]  # what `evaluate` returns: settings and rows
 RESAMPLES, LEVEL = 10_000, 0.95
 FEWEST = 6  # of five samples that all agree, a sign test still gives p = 2 / 2^5 > 0.05
+FILES = ("compare.json", "pareto.png")  # in the folder of `kit compare -o`
 OPTIONS = {  # of `kit eval`, by the setting they decide
     "base": "--base", "sampled_tokens": "--num-tokens", "sampled_from": "--base", "seed": "--seed",
     "dataset": "--dataset", "dataset_tokens": "--limit and --seq-len", "dataset_sha256": "--dataset",
@@ -100,26 +102,15 @@ def check_settings(name: str, theirs: dict[str, Any], other: str, ours: dict[str
             )
 
 
-def check_files(plot: Path | None, folder: Path | None) -> None:
-    """Raise KitError if the plot or the folder cannot be written: before anything is measured."""
-    advice = ""
-    if plot and (plot.suffix.lower() != ".png" or not plot.parent.is_dir() or plot.is_dir()):
-        problem, where, advice = "the plot is a PNG file in a folder that exists", f"--plot {plot}", "--plot pareto.png"
-    elif folder and folder.exists() and not folder.is_dir():
-        problem, where, advice = "there is a file of that name", f"--output {folder}", "name a folder"
-    if advice:
-        raise KitError(problem, where=where, next_step=advice, exit_code=ExitCode.USAGE)
-
-
 def write_comparison(result: Result, plot: Path | None, folder: Path | None) -> None:
-    """Write the Pareto plot into a file, and result and plot into a folder (compare.json, pareto.png)."""
+    """Write the Pareto plot into a file, and result and plot into a folder (FILES)."""
     from kit.convert.pareto import plot_pareto
 
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    for file in filter(None, (plot, folder and folder / "pareto.png")):
-        plot_pareto(result["rows"], file)
+        write_text(folder / FILES[0], json.dumps(result, indent=1) + "\n")
+    for file in filter(None, (plot, folder and folder / FILES[1])):
+        with replacing(file) as part:
+            plot_pareto(result["rows"], part)
 
 
 def merge_rows(order: Sequence[str], results: dict[str, Result]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from kit.convert.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROW_LENGTH = 512  # tokens of a held-out row that is sampled from a base model
 FILE_TYPES = (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz")
 TEXT_COLUMNS = ("text", "content")
 CHAT_COLUMNS = ("messages", "conversations")

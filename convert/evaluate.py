@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kit.convert import generations as texts
 from kit.convert import perplexity
-from kit.convert.checkpoint import Checkpoint
+from kit.convert.checkpoint import Checkpoint, run_path
 from kit.convert.compare import check_settings
-from kit.convert.data import perplexity_windows, read_documents, sample_from_model
+from kit.convert.data import ROW_LENGTH, perplexity_windows, read_documents, sample_from_model
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.eval_folder import EvalFolder
 from kit.convert.inspect import cache_bytes
@@ -34,8 +34,8 @@ from kit.convert.task_data import TaskOptions
 from kit.convert.windowed import window_name, windowed
 from kit.modules.sparsity import counted, skipped_weights, token_window
 
-ROW_LENGTH = 512  # tokens of a held-out row sampled from the base model
 DECODE_PROMPT, DECODE_TOKENS = 256, 48
+WARM_TOKENS = 2  # of a decode, not timed: on the kernels the second is captured as a CUDA graph
 
 
 @dataclass
@@ -75,6 +75,7 @@ def evaluate(
     retention: RetentionOptions | None = None,
     dense_prefix: int = 0,
     earlier: dict[str, dict[str, Any]] | None = None,
+    kernels: bool = True,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -105,13 +106,16 @@ def evaluate(
         retention: what was learned beside what was kept; see `retention.py`. The base may be left out if a model is an
             adapter; agreement is measured on about `num_tokens` tokens of the data set, too.
         earlier: results of `evaluate` by name, to stand beside this one: their settings have to be the same.
+        kernels: quantized models run on the kernels where they can (`Checkpoint.load_to_run`). A model whose parts are
+            taken away (`ablations`) runs on its modules in any case, so that its rows differ in nothing else.
         trust_remote_code: allow a checkpoint's own code to run.
         progress: shows what is measured.
 
     Returns:
-        `settings` and `rows`, one dict a model or ablation: what `perplexity.measures` finds on the data set;
-        `self_perplexity`; `kl` in nats; `top1`: share of positions where base and model have the same most likely
-        token; `top5`: share where the base's most likely token is among the model's five; each with its standard error;
+        `settings` and `rows`, one dict a model or ablation: `runs_on` of a quantized model (see `run_path`); what
+        `perplexity.measures` finds on the data set; `self_perplexity`; `kl` in nats; `top1`: share of positions where
+        base and model have the same most likely token; `top5`: share where the base's most likely token is among the
+        model's five; each with its standard error;
         `sparse_tokens`, `weights_skipped` and `dropped_inputs` of a sparse model (see `_sparsity`); `recall`,
         `generations`, `retention`; `prefill_tokens_per_second`, `decode_tokens_per_second`, `peak_memory_bytes`,
         `bytes`, `cache_bytes`; `tasks` (see `Tasks.run`).
@@ -148,6 +152,9 @@ def evaluate(
         text.words = perplexity.count_words(text.windows, tokenizer)
         settings["dataset_tokens"] = text.windows.numel()
         settings["dataset_sha256"] = hashlib.sha256(text.windows.numpy().tobytes()).hexdigest()
+    lengths = _lengths(text, num_tokens, recall, generations, speed)
+    for checkpoint in (*models.values(), *([base] if base else [])):
+        checkpoint.check_runs(lengths)
     if haystack is not None and not recall:
         raise KitError(
             "a haystack is for --recall, which is not asked for",
@@ -167,6 +174,10 @@ def evaluate(
     if retention is not None:
         text.retention = read_retention_test(retention, text.windows, num_tokens)
         settings["retention"] = text.retention.settings
+
+    def wants_kernels(model: Checkpoint) -> bool:
+        return kernels and not (ablations and model is next(iter(models.values())))
+
     todo = ([("base", base, True)] if base else []) + [(name, model, False) for name, model in models.items()]
     harness = None
     if tasks is not None:
@@ -177,6 +188,8 @@ def evaluate(
         def logs(name: str, model: Checkpoint) -> Any:
             kind = device.split(":")[0]
             decides = {"model": model.fingerprint(), "dtype": str(model.compute_dtype(dtype)), "device": kind}
+            if kind == "cuda" and "quantization_config" in model.config:
+                decides["kernels"] = str(wants_kernels(model))
             return harness.open_logs(folder, name, decides)
 
         for name, checkpoint, _ in todo:
@@ -192,7 +205,12 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="kit-eval-") as scratch:
         for name, checkpoint, is_base in todo:
             reset_peak_memory()
-            model = checkpoint.load_model(checkpoint.compute_dtype(dtype), device, trust_remote_code)
+            model = checkpoint.load_to_run(
+                dtype, device, trust_remote_code=trust_remote_code, kernels=wants_kernels(checkpoint)
+            )
+            path = run_path(model)
+            if path:
+                progress.log(f"{name}: {path}")
             if text.sampled is None and num_tokens:
                 length = min(ROW_LENGTH, num_tokens)
                 sampled = sample_from_model(model, tokenizer, settings["sampled_tokens"] // length, length, seed)
@@ -213,7 +231,8 @@ def evaluate(
                 label = f"{name}, {variant}" if variant else name
                 with context:
                     with token_window(model, dense_prefix):
-                        row = {"name": label, **_quality(model, text, is_base and not variant, progress, label)}
+                        row: dict[str, Any] = {"name": label} | ({"runs_on": path} if path else {})
+                        row |= _quality(model, text, is_base and not variant, progress, label)
                         row |= _recall_and_generations(model, tokenizer, text, progress, label)
                         if text.retention is not None:
                             found = measure_retention(label, model, tokenizer, text.retention, is_base, progress)
@@ -232,6 +251,17 @@ def evaluate(
     if folder is not None:
         folder.write(result)
     return result
+
+
+def _lengths(text: _Text, num_tokens: int, recall: list[int] | None, generations: int, speed: bool) -> dict[str, int]:
+    """Tokens of the longest texts that the models will see, by the option that decides them."""
+    return {
+        "--seq-len": 0 if text.windows is None else text.windows.shape[1],
+        "--num-tokens": min(ROW_LENGTH, num_tokens),
+        "--recall": max(recall or (0,)),
+        "--generations": texts.PROMPT_TOKENS + texts.NEW_TOKENS if generations else 0,
+        "--speed": DECODE_PROMPT + WARM_TOKENS + DECODE_TOKENS // 3 if speed else 0,
+    }
 
 
 def _variants(
@@ -361,8 +391,9 @@ def _speed(model: Any, device: str) -> dict[str, float]:
         prefill.append(clock() - start)
         cache = carried_cache(out)
         token = out.logits[:, -1:].argmax(-1)
-        start = clock()
-        for _ in range(DECODE_TOKENS // 3):
+        for step in range(WARM_TOKENS + DECODE_TOKENS // 3):
+            if step == WARM_TOKENS:
+                start = clock()
             out = model(token, use_cache=True, **cache)
             token = out.logits[:, -1:].argmax(-1)
         decode.append(clock() - start)

@@ -86,7 +86,8 @@ def cache_bytes(config: dict[str, Any], bytes_each: int = 2) -> dict[str, int]:
     heads, kv_heads, head_dim = facts.heads
     keys_and_values = 2 * kv_heads * head_dim * bytes_each
     quantization = config.get("quantization_config") or {}
-    if kv := quantization.get("kv_cache_scheme"):
+    kv = quantization.get("kv_cache_scheme")
+    if kv and kv["num_bits"] == 4:  # FP8 numbers are held in 16 bits
         each = head_dim * kv["num_bits"] // 8 + 2 + (not kv["symmetric"])  # numbers, scale, zero point
         keys_and_values = 2 * kv_heads * each
     window, linear = config.get("sliding_window"), config.get("linear_attention")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kit.convert.checkpoint import Checkpoint, check_matches_config
+from kit.convert.data import ROW_LENGTH
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.measure import free_memory, hardware, peak_memory, reset_peak_memory, versions
 from kit.convert.progress import Progress
@@ -99,6 +100,7 @@ def plan(checkpoint: Checkpoint, recipes: list[Recipe], options: Options) -> lis
                 exit_code=ExitCode.USAGE,
             )
     check_output(checkpoint, options)
+    checkpoint.check_runs({"--eval-tokens": min(options.eval_tokens, ROW_LENGTH)})
     dtype = output_dtype(checkpoint, options)
     items = model_items(checkpoint)
     added = 0

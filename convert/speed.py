@@ -17,6 +17,8 @@ from kit.convert.measure import peak_memory, reset_peak_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNTIMED_STEPS = 3  # of decoding: two as they are, then the first replay
+
 
 class FusedRunner:
     """A model on the kernels (`kit.enable_kernels`)."""
@@ -93,6 +95,11 @@ def _held(layer: Any) -> Iterator[Tensor]:
         yield from (tensor for tensor in several if tensor is not None)
 
 
+def longest(context: int, new_tokens: int) -> int:
+    """Tokens of a row at the end of a measurement."""
+    return context + UNTIMED_STEPS + new_tokens
+
+
 def runner_of(model: Any) -> FusedRunner | PlainRunner:
     """What runs a model."""
     return FusedRunner(model) if getattr(model, "fused", None) is not None else PlainRunner(model)
@@ -114,7 +121,7 @@ def measure(
     host = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator)
     reset_peak_memory()
     with torch.inference_mode():
-        runner.start(batch, context + new_tokens + 8)
+        runner.start(batch, longest(context, new_tokens))
         logits = runner.prefill(host.to(device))  # compiles
         prefill = statistics.median(_seconds(lambda: runner.prefill(host.to(device)), device) for _ in range(repeats))
         ttft = statistics.median(

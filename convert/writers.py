@@ -102,7 +102,7 @@ class LocalWriter(Writer):
         import torch
 
         if self._model is None:
-            self._model = self._checkpoint.load_model(self._compute, self._device, self._trust)
+            self._model = self._checkpoint.load_to_run(self._compute, self._device, trust_remote_code=self._trust)
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         replies: list[Reply] = []
         with torch.random.fork_rng(devices=devices), torch.no_grad():

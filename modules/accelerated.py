@@ -1,12 +1,14 @@
 """A quantized model on the kernels of `kit.kernels.int4_fp8`: products fused, RMSNorm and SwiGLU with FP8 outputs, a
 static INT4 cache, and a step of decoding that is replayed as a CUDA graph.
 
-`enable_kernels` changes a model in place. `generate` (greedy, or sampling) then uses the cache of fixed size and the
-fast path; every other call runs the model's own forward pass, on the same packed weights.
+`enable_kernels` changes a model in place. Calls without gradients then take the fast path, with a cache of its own that
+grows; what it does not take (beam search, other caches and masks, hidden states, gradients, torch.compile) runs the
+model's own forward pass, on the same packed weights.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -39,8 +41,11 @@ from kit.kernels.int4_fp8.attention import (
 from kit.kernels.int4_fp8.attention_reference import Heads
 from kit.kernels.int4_fp8.packing import TILE, kernel_group
 from kit.modules.cache import cache_argument
-from kit.modules.quantized import AttentionQuantization, QuantizedLinear, rotation_signs
+from kit.modules.quantized import AttentionQuantization, QuantizedLinear, _quantize_cache, rotation_signs
 
+OUTPUT_HOOKS = "transformers.utils.output_capturing"  # whose hooks stay, and sleep unless outputs are asked for
+LOAD_AGAIN = "load it again: kit.load(path, device=..., dtype=...)"
+SPARE = 128  # tokens that a cache of a plain call has room for beyond its prompt
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length
 
@@ -71,6 +76,12 @@ class KernelLinear(QuantizedLinear):
             return int4_fp8_linear(x, self.packed, self.bias)
         y = F.linear(x.float(), self.dequantize(), None if self.bias is None else self.bias.float())
         return y.to(x.dtype)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, since the weight would be left out without a word; loading one, too."""
+        raise _refusal("a model on the INT4-FP8 kernels has no state dict: its weights are repacked", "state_dict")
+
+    _load_from_state_dict = _save_to_state_dict
 
     def extra_repr(self) -> str:
         """Shape and format, for print(model)."""
@@ -189,14 +200,15 @@ class FusedLayer:
 
 
 class FusedCache(Cache):
-    """The cache that `generate` hands around: a `KVStore` of fixed size, or, where the fast path cannot go on, the
-    model's usual cache in `delegate`.
+    """The cache that `generate` hands around: a `KVStore` that grows, or, where the fast path cannot go on, the model's
+    usual cache in `delegate`.
 
     Args:
-        capacity: tokens.
+        capacity: tokens that there is room for at first. When they are used up, the room is doubled; a CUDA graph is
+            then captured anew.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int = SPARE) -> None:
         super().__init__(layers=[])
         self.room, self.length = capacity, 0
         self.store: KVStore | None = None
@@ -209,15 +221,54 @@ class FusedCache(Cache):
         """No: transformers would make 4-D masks, which nothing here reads."""
         return False
 
+    def __len__(self) -> int:
+        """Layers; none before the first call."""
+        if self.delegate is not None:
+            return len(self.delegate)
+        return 0 if self.store is None else len(self.store.recent)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Keys and values are kept: `generate` leaves out the tokens that they are of."""
+        return [False]
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """What a sliding window hides is kept, too."""
+        return [False]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far."""
         return self.length if self.delegate is None else self.delegate.get_seq_length(layer_idx)
 
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """Tokens there is room for."""
-        return self.room
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys that so many queries may see, and the place of the first."""
+        return self.get_seq_length(layer_idx) + query_length, 0
 
-    get_max_length = get_max_cache_shape
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: the cache grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def open(self, fused: FusedModel, start: Tensor, tokens: int) -> KVStore:
+        """The store for a first call of so many tokens, with (B,) padded ones at the start of each row."""
+        if self.store is None or len(self.store.start) != len(start):
+            self.store = fused.empty_store(len(start), max(self.room, tokens))
+            self._moved()
+        self.store.length.zero_()
+        self.store.start.copy_(start)
+        self.store.padded = bool(start.any())
+        return self.store
+
+    def grow(self, tokens: int) -> None:
+        """Make room for so many tokens in all, and for as many again as there was room for."""
+        if self.store is not None and tokens > self.store.capacity:
+            self.store.grow(max(tokens, 2 * self.store.capacity))
+            self._moved()
+
+    def _moved(self) -> None:
+        self.graph, self.warm = None, False
 
     def reset(self) -> None:
         """Forget all tokens; memory and graph stay."""
@@ -225,25 +276,49 @@ class FusedCache(Cache):
         if self.store is not None:
             self.store.reset()
 
-    def crop(self, *args: Any) -> None:
-        """Not possible: what has left the window of recent keys is rounded, and the window has moved on."""
-        if self.delegate is None:
-            raise ValueError(
-                "the static INT4 cache cannot take tokens back\n"
-                "  where: assisted decoding, or Cache.crop\n"
-                "  next:  pass a transformers.DynamicCache"
-            )
-        self.delegate.crop(*args)
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens back: so many if the number is negative, all but so many if not (transformers before 5.18).
+
+        Some that queries read as they are come back rounded: those that had left the window of recent keys.
+        """
+        if self.delegate is not None:
+            return self.delegate.crop(tokens_to_remove)
+        n = tokens_to_remove
+        kept = min(n, self.length) if n > 0 else max(self.length + n, 0)
+        if self.store is not None and kept < self.length:
+            self.store.crop(self.length, kept)
+            self.length = kept
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Only of the usual cache: beam search gets one."""
-        if self.delegate is None:
-            raise ValueError(
-                "the static INT4 cache cannot reorder rows\n"
-                "  where: Cache.reorder_cache\n"
-                "  next:  pass a transformers.DynamicCache"
-            )
-        self.delegate.reorder_cache(beam_idx)
+        """Put rows into another order."""
+        self._select("reorder_cache", beam_idx, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        rows = None if self.store is None else torch.arange(len(self.store.start)).repeat_interleave(repeats)
+        self._select("batch_repeat_interleave", repeats, rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows: their numbers, or a mask."""
+        rows = None if self.store is None else torch.arange(len(self.store.start))[indices.cpu()]
+        self._select("batch_select_indices", indices, rows)
+
+    def _select(self, name: str, argument: Any, rows: Tensor | None) -> None:
+        if self.delegate is not None:
+            getattr(self.delegate, name)(argument)
+        elif self.store is not None and rows is not None:
+            if len(rows) != len(self.store.start):
+                self._moved()
+            self.store.select(rows)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedCache:
+        """A copy that goes on by itself (prefixes that are used again); it captures a graph of its own."""
+        new = FusedCache(self.room)
+        new.length, new.delegate = self.length, copy.deepcopy(self.delegate, memo)
+        if self.store is not None:
+            memo |= {id(x): x for x in (self.store.order, self.store.factor) if x is not None}  # of the model
+            new.store = copy.deepcopy(self.store, memo)
+        return new
 
 
 class DecodeGraph:
@@ -355,49 +430,103 @@ class FusedModel:
         )
         return self._logits(x[:, places], h[:, places])
 
-    def forward(self, cache: FusedCache, arguments: dict[str, Any]) -> Tensor | None:
-        """Logits of a call of the model with a `FusedCache`, or None if its `delegate` has to take it.
+    def forward(
+        self, cache: FusedCache, arguments: dict[str, Any], *, plain: bool = False, kept: bool = True
+    ) -> Tensor | None:
+        """Logits of a call of the model, or None if its own forward pass has to take it.
 
         Args:
+            cache: to use, and to fill.
             arguments: of the model's forward pass, without the cache.
+            plain: the caller gave no cache: the call means what it means to transformers to the last position.
+            kept: the cache is used once more.
+
+        Raises:
+            ValueError: if a cache that holds tokens cannot go on as asked, or a CUDA graph is being captured.
         """
         ids, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
         given: Any = ids if embedded is None else embedded
         if cache.delegate is not None:
             return None
+        if self.captured():
+            raise _refusal(
+                "a call with a FusedCache cannot be captured: it counts tokens on the host, and its memory moves when "
+                "it grows",
+                "torch.cuda.graph",
+                "capture model.fused.step(ids, store), with model.fused.empty_store(batch, tokens)",
+            )
         if cache.length == 0:
-            start = left_padding(arguments.get("attention_mask"), given)
-            if start is None or not counted_from(start, arguments.get("position_ids"), given.shape[1]):
+            start = self._first(arguments, plain, kept)
+            if start is None:
                 return None
-            outputs = ("output_attentions", "output_hidden_states")
-            wanted = [bool(arguments.get(x) or getattr(self.config, x, None)) for x in outputs]
-            wanted.append(arguments.get("labels") is not None)
-            if any(wanted) or self._switched_off() or torch.is_grad_enabled():
-                return None
-            if cache.store is None or len(cache.store.start) != len(given):
-                cache.store, cache.graph, cache.warm = self.empty_store(len(given), cache.room), None, False
-            cache.store.start.copy_(start)
-            cache.store.padded = bool(start.any())
-        store = cache.store
-        assert store is not None
-        if cache.length + given.shape[1] > store.capacity:
-            raise ValueError(
-                f"the cache has room for {store.capacity} tokens, and {cache.length + given.shape[1]} are given\n"
-                "  where: FusedCache\n"
-                "  next:  give each turn a cache of its own, or make one with more room"
-            )
-        if cache.length and given.shape[1] > 1 and not _goes_on(arguments.get("attention_mask"), cache, given.shape[1]):
-            raise ValueError(
-                "the static INT4 cache cannot hide tokens but those that the first call had as padding\n"
-                "  where: attention_mask\n"
-                "  next:  pass a transformers.DynamicCache"
-            )
+            store = cache.open(self, start, given.shape[1])
+        else:
+            store = self._goes_on(cache, arguments, given)
+        cache.grow(cache.length + given.shape[1])
         past, cache.length = cache.length, cache.length + given.shape[1]
-        if past and given.shape[1] == 1 and embedded is None:
-            return self._replay(given, cache, store)
-        keep = arguments.get("logits_to_keep", 0)
-        embedded = self.model.model.embed_tokens(ids) if embedded is None else embedded
-        return (self.more if past else self.prompt)(embedded, store, keep)
+        with torch.no_grad():
+            if past and given.shape[1] == 1 and embedded is None:
+                return self._replay(given, cache, store)
+            keep = arguments.get("logits_to_keep", 0)
+            embedded = self.model.model.embed_tokens(ids) if embedded is None else embedded
+            return (self.more if past else self.prompt)(embedded, store, keep)
+
+    def _first(self, arguments: dict[str, Any], plain: bool, kept: bool) -> Tensor | None:
+        """Padded tokens at the start of each row, (B,), of a first call; None if the fast path does not take it."""
+        ids, embedded = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        if (ids is None) == (embedded is None) or self._wants_more(arguments):
+            return None
+        if torch.is_grad_enabled() or self.model.training or self._switched_off() or self._hooked():
+            return None
+        given: Any = ids if embedded is None else embedded
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if not kept and isinstance(mask, Tensor) and left_padding(mask.flip(-1), given) is not None:
+            mask = None  # padding on the right is seen by no token
+        start = left_padding(mask, given)
+        if start is None or not counted_from(start, positions, given.shape[1]):
+            return None
+        return None if plain and positions is None and bool(start.any()) else start  # transformers counts padding then
+
+    def _goes_on(self, cache: FusedCache, arguments: dict[str, Any], given: Tensor) -> KVStore:
+        """The store of a cache that holds tokens.
+
+        Masks and positions of single tokens are not looked at, since that would wait for the GPU.
+
+        Raises:
+            ValueError: if the call asks for something that such a cache cannot give.
+        """
+        store, tokens, problem = cache.store, given.shape[1], ""
+        assert store is not None
+        if len(given) != len(store.start):
+            problem = f"the cache holds {len(store.start)} rows, and {len(given)} are given"
+        elif self._wants_more(arguments):
+            problem = "hidden states, attentions and losses are only given by a call without a FusedCache"
+        elif tokens > 1 and not _same_padding(arguments.get("attention_mask"), cache, tokens):
+            problem = "the INT4 cache cannot hide tokens but those that the first call had as padding"
+        elif tokens > 1 and not counted_from(store.start, arguments.get("position_ids"), tokens, cache.length):
+            problem = "the INT4 cache counts positions on from each row's first token"
+        if problem:
+            raise _refusal(problem, "a call with a FusedCache", "begin with a transformers.DynamicCache")
+        return store
+
+    def captured(self) -> bool:
+        """Whether a CUDA graph is being captured."""
+        return self.layers[0].qkv.packed.scales.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def _wants_more(self, arguments: dict[str, Any]) -> bool:
+        outputs = ("output_attentions", "output_hidden_states")
+        return arguments.get("labels") is not None or any(
+            bool(getattr(self.config, x, None) if arguments.get(x) is None else arguments[x]) for x in outputs
+        )
+
+    def _hooked(self) -> bool:
+        """Whether somebody listens to a module that the fast path goes around."""
+        backbone = self.model.model
+        for module in (backbone, backbone.norm, *backbone.layers.modules()):
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if any(hook is not _quantize_cache and hook.__module__ != OUTPUT_HOOKS for hook in hooks):
+                return True
+        return False
 
     def _replay(self, ids: Tensor, cache: FusedCache, store: KVStore) -> Tensor:
         """A step; the first of a cache runs as it is, the second is captured."""
@@ -427,7 +556,7 @@ def packed_tensors(model: Any) -> list[Tensor]:
     return [tensor for p in packed for tensor in (p.codes, p.scales, p.zeros) if tensor is not None]
 
 
-def left_padding(mask: Tensor | None, given: Tensor) -> Tensor | None:
+def left_padding(mask: Any, given: Tensor) -> Tensor | None:
     """Padded tokens at the start of each row, (B,) int32; None if a mask says anything else, or hides a whole row.
 
     Args:
@@ -436,7 +565,7 @@ def left_padding(mask: Tensor | None, given: Tensor) -> Tensor | None:
     """
     if mask is None:
         return torch.zeros(len(given), dtype=torch.int32, device=given.device)
-    if mask.shape != given.shape[:2]:
+    if not isinstance(mask, Tensor) or mask.shape != given.shape[:2]:
         return None
     kept = mask.bool()
     start = (~kept).sum(1)
@@ -445,19 +574,21 @@ def left_padding(mask: Tensor | None, given: Tensor) -> Tensor | None:
     return start.to(torch.int32) if bool(in_order) else None
 
 
-def _goes_on(mask: Tensor | None, cache: FusedCache, tokens: int) -> bool:
+def _same_padding(mask: Any, cache: FusedCache, tokens: int) -> bool:
     """Whether a mask over all tokens, (B, past + T), hides what the first call's did and no more."""
-    if mask is None or mask.ndim != 2 or mask.shape[1] != cache.length + tokens or cache.store is None:
+    if cache.store is None or mask is None:
         return True
+    if not isinstance(mask, Tensor) or mask.shape != (len(cache.store.start), cache.length + tokens):
+        return False
     start = left_padding(mask, mask)
     return start is not None and torch.equal(start, cache.store.start)
 
 
-def counted_from(start: Tensor, position_ids: Tensor | None, tokens: int) -> bool:
-    """Whether given positions are those that count from each row's first token."""
+def counted_from(start: Tensor, position_ids: Tensor | None, tokens: int, past: int = 0) -> bool:
+    """Whether given positions are those that count from each row's first token, `past` tokens before these."""
     if position_ids is None:
         return True
-    counted = torch.arange(tokens, device=start.device) - start[:, None]
+    counted = past + torch.arange(tokens, device=start.device) - start[:, None]
     return bool(((counted < 0) | (counted == position_ids)).all())
 
 
@@ -495,22 +626,43 @@ def enable_kernels(model: Any, backend: str | None = None, *, exact: bool = True
         return model
     with torch.no_grad():
         model.fused = FusedModel(model, backend or "triton", exact)
-    own, name = model.forward, cache_argument(inspect.signature(model.forward).parameters)
+    _redirect(model)
+    _pin(model)
+    return model
+
+
+def _redirect(model: Any) -> None:
+    """Let `model.forward` and `model.generate` take the fast path where it goes."""
+    own, signature = model.forward, inspect.signature(model.forward)
+    name = cache_argument(signature.parameters)
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get(name)
-        if not isinstance(cache, FusedCache) or args[1:]:
+        if torch.compiler.is_compiling():
             return own(*args, **kwargs)
-        arguments = {**({"input_ids": args[0]} if args else {}), **kwargs}
-        logits = model.fused.forward(cache, arguments)
+        if "past_key_values" in kwargs:  # which transformers renames, from 5.24 on
+            kwargs[name] = kwargs.pop("past_key_values")
+        arguments = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+        cache = given = arguments.get(name)
+        if not (isinstance(given, FusedCache) or (given is None and not model.fused.captured())):
+            return own(*args, **kwargs)
+        if cache is None:
+            embedded = arguments.get("inputs_embeds")
+            first = arguments.get("input_ids") if embedded is None else embedded
+            cache = FusedCache(SPARE if first is None else first.shape[1] + SPARE)
+        kept = given is not None or _chosen(arguments, model.config, "use_cache")
+        logits = model.fused.forward(cache, arguments, plain=given is None, kept=kept)
         if logits is not None:
-            return CausalLMOutputWithPast(logits=logits, **{name: cache})
-        if cache.delegate is None:
-            cache.delegate = DynamicCache(config=model.fused.config)
-        out = own(*args, **{**kwargs, name: cache.delegate})
-        out[name] = cache
-        return out
+            out = CausalLMOutputWithPast(logits=logits, **({name: cache} if kept else {}))
+            return out if _chosen(arguments, model.config, "return_dict") else out.to_tuple()
+        if given is None:
+            return own(*args, **kwargs)
+        if given.delegate is None:
+            given.delegate = DynamicCache(config=model.fused.config)
+        whole = arguments.get("return_dict")
+        out = own(**{**arguments, name: given.delegate, "return_dict": True})
+        out[name] = given
+        return out.to_tuple() if whole is False else out
 
     prepare = model._prepare_cache_for_generation
 
@@ -518,39 +670,56 @@ def enable_kernels(model: Any, backend: str | None = None, *, exact: bool = True
     def prepare_cache(config: Any, kwargs: dict[str, Any], mode: Any, batch: int, length: int, *more: Any) -> Any:
         simple = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         free = kwargs.get(name) is None and config.use_cache is not False and config.cache_implementation is None
-        if not (simple and free) or config.is_assistant:  # an assistant's tokens are taken back
+        if not (simple and free) or config.is_assistant:  # of which transformers' own keep what they crop unrounded
             return prepare(config, kwargs, mode, batch, length, *more)
         kwargs[name] = FusedCache(length)
         return None
 
     model.forward, model._prepare_cache_for_generation = forward, prepare_cache
-    _pin(model)
-    return model
+
+
+def _chosen(arguments: dict[str, Any], config: Any, name: str) -> bool:
+    """An argument of the forward pass, or what the config says."""
+    given = arguments.get(name)
+    return bool(getattr(config, name, True) if given is None else given)
 
 
 def _pin(model: Any) -> None:
-    """Refuse to move, convert or save a model whose weights are no parameters any more: they would be left out."""
-    apply, scales = model._apply, model.fused.layers[0].qkv.packed.scales
+    """Refuse to move, convert, copy or save a model: its weights are no parameters any more, and would be left out."""
+    scales = model.fused.layers[0].qkv.packed.scales
 
-    @functools.wraps(apply)
-    def apply_in_place(fn: Any, *args: Any, **kwargs: Any) -> Any:
-        after = fn(scales[:0])
-        if (after.device, after.dtype) != (scales.device, scales.dtype):
-            raise ValueError(
-                "a model on the INT4-FP8 kernels cannot be moved or converted\n"
-                f"  where: {type(model).__name__}.to\n"
-                "  next:  load it again: kit.load(path, device=..., dtype=...)"
+    def pin(module: Any) -> None:
+        apply = module._apply
+
+        @functools.wraps(apply)
+        def apply_in_place(fn: Any, *args: Any, **kwargs: Any) -> Any:
+            after = fn(scales[:0])
+            if (after.device, after.dtype) != (scales.device, scales.dtype):
+                what = "a model on the INT4-FP8 kernels cannot be moved or converted"
+                raise _refusal(what, f"{type(module).__name__}.to", LOAD_AGAIN)
+            return apply(fn, *args, **kwargs)
+
+        module._apply = apply_in_place
+
+    def refuse(what: str, where: str, next_step: str) -> Any:
+        def refused(*_: Any, **__: Any) -> None:
+            raise _refusal(
+                f"a model on the INT4-FP8 kernels cannot be {what}", f"{type(model).__name__}, {where}", next_step
             )
-        return apply(fn, *args, **kwargs)
 
-    def save_pretrained(*_: Any, **__: Any) -> None:
-        raise ValueError(
-            "a model on the INT4-FP8 kernels cannot be saved: its weights are repacked\n"
-            f"  where: {type(model).__name__}.save_pretrained\n"
-            "  next:  copy the folder that it was loaded from"
-        )
+        return refused
 
-    model._apply, model.save_pretrained = apply_in_place, save_pretrained
+    for module in list(model.modules()):
+        if any(isinstance(part, KernelLinear) for part in module.modules()):
+            pin(module)
+            module.__deepcopy__ = refuse("copied", "copy.deepcopy", LOAD_AGAIN)
+    model.save_pretrained = refuse(
+        "saved: its weights are repacked", "save_pretrained", "copy the folder that it was loaded from"
+    )
+
+
+def _refusal(what: str, where: str, next_step: str = LOAD_AGAIN) -> ValueError:
+    return ValueError(f"{what}\n  where: {where}\n  next:  {next_step}")
 
 
 @functools.cache
@@ -582,6 +751,8 @@ def unsupported(model: Any, backend: str | None = None) -> str | None:
             parts = [getattr(of, name) for name in names]
             if len({(x.weight_scale.shape[1], hasattr(x, "weight_zero_point")) for x in parts}) > 1:
                 return f"the INT4-FP8 kernels take one format for {', '.join(names)}"
+    if getattr(model.model.layers[0].self_attn, "k_scale", None) is not None:
+        return "the INT4-FP8 kernels take an INT4 or a 16-bit cache, not FP8"
     if config.hidden_act != "silu":
         return f"the INT4-FP8 kernels take silu, not {config.hidden_act}"
     rope = config.rope_parameters or {}

@@ -172,7 +172,7 @@ class AttentionQuantization(nn.Module):
             (`shape`).
 
     Args:
-        kv: the `kv_cache_scheme`, or None for a 16-bit cache.
+        kv: the `kv_cache_scheme`, or None for a 16-bit cache: dynamic INT4, or FP8 with a fixed scale (`fixed_fp8`).
         options: the key "kit" of the quantization config.
         heads: (G, D).
     """
@@ -200,6 +200,14 @@ class AttentionQuantization(nn.Module):
         for name in ("key", "value"):
             parameter(f"{name}_order", "shape", g, d, dtype=torch.int32)
             parameter(f"{name}_factor", "shape", g, d, d)
+
+    @property
+    def fixed_fp8(self) -> bool:
+        """Whether keys and values are e4m3 multiples of `k_scale` and `v_scale`, (1,) of the attention layer.
+
+        The cache holds those numbers in 16 bits.
+        """
+        return bool(self.kv and self.kv["type"] == "float")
 
     @property
     def symmetric(self) -> bool:
@@ -338,13 +346,16 @@ class _QuantizingCache:
     `latest` holds the last keys and values unrounded, where several queries read them so, each within its own window.
     """
 
-    def __init__(self, quantization: AttentionQuantization, cache: Any) -> None:
-        self.quantization, self.cache = quantization, cache
+    def __init__(self, attention: Any, cache: Any) -> None:
+        self.attention, self.quantization, self.cache = attention, attention.quantization, cache
         self.latest: tuple[Tensor, Tensor] | None = None
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         k = self.quantization.keys(k)
         if self.quantization.kv is None or not self.quantization.quantize_kv:
+            return (k, v) if self.cache is None else self.cache.update(k, v, layer_idx, *args, **kwargs)
+        if self.quantization.fixed_fp8:
+            k, v = (_to_fp8(x, scale) for x, scale in ((k, self.attention.k_scale), (v, self.attention.v_scale)))
             return (k, v) if self.cache is None else self.cache.update(k, v, layer_idx, *args, **kwargs)
         if self.cache is None:
             rounded, latest = self.quantization.round(k, v), (k, v)
@@ -383,10 +394,21 @@ class _QuantizingCache:
         return getattr(self.cache, name)
 
 
+def _to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """The nearest e4m3 multiples of a scale (1,), the largest where there is none."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+
+    def rounding(x: Tensor) -> Tensor:
+        multiples = (x.float() / scale.float()).clamp(-largest, largest).to(torch.float8_e4m3fn)
+        return (multiples.float() * scale.float()).to(x.dtype)
+
+    return straight_through(x, rounding)
+
+
 def _quantize_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of an attention layer."""
     name = cache_argument(kwargs)
-    cache = _QuantizingCache(module.quantization, kwargs.get(name))
+    cache = _QuantizingCache(module, kwargs.get(name))
     return args, {**kwargs, name: cache, "quantizing_cache": cache}
 
 
@@ -544,6 +566,7 @@ def quantize_attention(module: nn.Module, model_config: Any, config: dict[str, A
         return
     text = model_config.get_text_config(decoder=True)
     heads = (text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    check_kv_scheme(kv, heads[1])
     inner = model_config._attn_implementation or "sdpa"
     if not inner.startswith(ATTENTION):
         model_config._attn_implementation = _attention(inner)
@@ -553,6 +576,9 @@ def quantize_attention(module: nn.Module, model_config: Any, config: dict[str, A
             attention.config._attn_implementation = model_config._attn_implementation  # a copied layer has its own
             with torch.device(next(attention.parameters()).device):
                 attention.quantization = AttentionQuantization(kv, extra, heads)
+                if attention.quantization.fixed_fp8:
+                    for name in ("k_scale", "v_scale"):
+                        attention.register_parameter(name, nn.Parameter(torch.ones(1), requires_grad=False))
             attention.register_forward_pre_hook(_quantize_cache, with_kwargs=True)
 
 
@@ -570,6 +596,22 @@ def check_scheme(group: dict[str, Any]) -> None:
     )  # fmt: skip
     if not ((int4 or fp8) and known) or weights.get("actorder") == "group" or (fp8 and not weights["symmetric"]):
         raise ValueError(f"weights {weights} with inputs {inputs} are none of W4A16, W4AFP8 and FP8")
+
+
+def check_kv_scheme(kv: dict[str, Any] | None, head_dim: int) -> None:
+    """Refuse a `kv_cache_scheme` that these modules do not compute.
+
+    Raises:
+        ValueError: naming what is supported.
+    """
+    kv = kv or {}
+    kind = tuple(kv.get(key) for key in ("num_bits", "type", "strategy", "dynamic"))
+    ours = kind == (4, "int", "group", True) and kv.get("group_size") == head_dim
+    if kv and not (ours or (kind == (8, "float", "tensor", False) and kv.get("symmetric"))):
+        told = ", ".join(f"{key} {kv.get(key)}" for key in ("num_bits", "type", "strategy", "group_size", "dynamic"))
+        raise ValueError(
+            f"kv_cache_scheme ({told}) is neither dynamic INT4 with a scale a token and head nor FP8 with a fixed scale"
+        )
 
 
 def _matches(name: str, module: nn.Module, targets: list[str]) -> bool:

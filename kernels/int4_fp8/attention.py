@@ -40,10 +40,11 @@ class KVStore:
         length: (1,) int32, tokens so far.
         start: (B,) int32, the place of each row's first real token.
         arrivals: (B, G) int32, zeros: room for the kernels to count in.
-        window: keys that a query reads as they are, its own included; R is this, or 1.
+        window: keys that a query reads as they are, its own included; R is this, or 1. Never more than the capacity.
         symmetric: codes have no zero points.
         order, factor: (L, 2, G, D) int32 and (L, 2, G, D, D) of the noise shaping, or None.
         padded: whether `start` may be other than 0, as the host knows.
+        full_window: `window` of a cache that is large enough.
     """
 
     codes: Tensor
@@ -57,6 +58,7 @@ class KVStore:
     order: Tensor | None = None
     factor: Tensor | None = None
     padded: bool = True
+    full_window: int = 0
     _constants: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -77,7 +79,7 @@ class KVStore:
         device: torch.device | str = "cpu",
     ) -> KVStore:
         """A cache of at least `capacity` tokens; without `int4` all of them stay in `dtype`."""
-        capacity = -(-capacity // ROUNDED_CAPACITY) * ROUNDED_CAPACITY
+        capacity, full_window = _rounded(capacity), window
         window = min(window, capacity) if int4 else capacity
         coded = capacity if int4 else 0
         shape = (layers, 2, batch, kv_heads)
@@ -86,11 +88,12 @@ class KVStore:
         def zeros(*size: int, of: torch.dtype) -> Tensor:
             return torch.zeros(*size, dtype=of, device=device)
 
-        return cls(
-            zeros(*shape, coded, dim // 2, of=torch.uint8), zeros(*shape, coded, of=torch.int32),
-            zeros(*shape, max(window, 1), dim, of=dtype), zeros(1, of=torch.int32), zeros(batch, of=torch.int32),
-            zeros(batch, kv_heads, of=torch.int32), window, symmetric, order, factor,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # a tensor of that mode could not be written to outside of it
+            return cls(
+                zeros(*shape, coded, dim // 2, of=torch.uint8), zeros(*shape, coded, of=torch.int32),
+                zeros(*shape, max(window, 1), dim, of=dtype), zeros(1, of=torch.int32), zeros(batch, of=torch.int32),
+                zeros(batch, kv_heads, of=torch.int32), window, symmetric, order, factor, full_window=full_window,
+            )  # fmt: skip
 
     @property
     def int4(self) -> bool:
@@ -123,6 +126,56 @@ class KVStore:
         """Forget all tokens."""
         self.length.zero_()
         self.start.zero_()
+
+    def grow(self, capacity: int) -> None:
+        """Make room for at least `capacity` tokens. The cache moves: a CUDA graph of it is of no use afterwards."""
+        capacity = _rounded(capacity)
+        if capacity <= self.capacity:
+            return
+        if self.int4:
+            self.codes, self.meta = _longer(self.codes, capacity), _longer(self.meta, capacity)
+        self.window = min(self.full_window, capacity) if self.int4 else capacity
+        if self.window > self.recent.shape[4]:  # it held all tokens, so that none has taken another's slot
+            self.recent = _longer(self.recent, self.window)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat rows by number, (N,). The cache stays where it is if N is B, and moves if not."""
+        rows = rows.to(self.start.device)
+        stays = len(rows) == len(self.start)
+        with torch.inference_mode(False), torch.no_grad():
+            rows = rows.clone()
+            for name, dim in (("codes", 2), ("meta", 2), ("recent", 2), ("start", 0), ("arrivals", 0)):
+                tensor = getattr(self, name)
+                if not stays:
+                    setattr(self, name, tensor.index_select(dim, rows))
+                    continue
+                for part in tensor if dim else (tensor,):  # a layer at a time, for the sake of memory
+                    part.copy_(part.index_select(max(dim - 1, 0), rows))
+
+    def crop(self, past: int, length: int) -> None:
+        """Forget the tokens from place `length` on, where `past` are held.
+
+        Some of those that the next query reads as they are had lost their slot in the ring to later ones: they come
+        back from their codes, rounded.
+        """
+        ring = self.recent.shape[4]
+        back = torch.arange(max(length - ring, 0), max(min(past - ring, length), 0), device=self.codes.device)
+        if self.int4 and self.window and len(back):
+            for recent, codes, meta in zip(self.recent, self.codes, self.meta, strict=True):
+                recent[..., back % ring, :] = reference.decode_kv(codes[..., back, :], meta[..., back]).to(recent.dtype)
+        self.length.fill_(length)
+
+
+def _rounded(capacity: int) -> int:
+    return -(-capacity // ROUNDED_CAPACITY) * ROUNDED_CAPACITY
+
+
+def _longer(x: Tensor, size: int) -> Tensor:
+    """(L, 2, B, G, n, ...) with zeros behind, up to n = `size`."""
+    with torch.inference_mode(False):
+        longer = torch.zeros(*x.shape[:4], size, *x.shape[5:], dtype=x.dtype, device=x.device)
+    longer[:, :, :, :, : x.shape[4]] = x
+    return longer
 
 
 def attend_step(

@@ -239,6 +239,11 @@ def test_the_command(make_model, tmp_path):
     assert (free["kl"], free["top1"]) == (pytest.approx(0, abs=1e-5), 1)  # and so do 64 sampled ones
     assert result["rows"][5]["kl"] == pytest.approx(0, abs=1e-5)
     assert "kl" not in full
+    for file in ("results.json", "run.json"):
+        (done / file).unlink(missing_ok=True)
+    refused = subprocess.run(command, capture_output=True, text=True)  # ablate's own files are enough
+    assert refused.returncode == 2
+    assert "results of an earlier run are there" in refused.stderr
     refused = subprocess.run([*KIT, "ablate", base, "--base", base], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "no linear attention" in refused.stderr

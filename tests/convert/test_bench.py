@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kit.cli import app
 from kit.convert.bench import bench, plot_bench, table_lines, weight_bytes
 from kit.convert.errors import KitError
+from kit.convert.outputs import check_files, replacing, write_text
 from kit.convert.shapes import LINEARS, random_model, shape_config, skeleton
 from kit.convert.speed import FusedRunner, PlainRunner, measure, runner_of
 from kit.modules.accelerated import enable_kernels
@@ -194,3 +195,74 @@ def test_gains_are_how_often_the_base_takes_longer_and_errors_stand_in_the_table
     rows = [r | {"prefill_tokens_per_second": 5.0} for r in rows]
     plot_bench({"rows": rows, "settings": {"device": "CPU"}}, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_an_interrupt_loses_no_finished_case_and_what_is_missing_is_told(make_model, tmp_path, monkeypatch):
+    """From the second case of the base on nothing is measured any more."""
+    model, out = make_model(), tmp_path / "out"
+    cases, real = [], measure
+
+    def interrupted(*args, **options):
+        cases.append(options["context"])
+        if len(cases) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr("kit.convert.bench.measure", interrupted)
+    command = ["bench", str(model), "--base", str(model), "--context", "8,16", "--new-tokens", "2", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["kit", *command, "-o", str(out)])
+    result = CliRunner().invoke(app, [*command, "-o", str(out), "-q"])
+    assert result.exit_code == 130
+    assert "3 cases are measured; missing: base, batch 1, context 16" in result.stderr
+    assert "interrupted: finished steps are kept" in result.stderr
+    assert result.stderr.strip().endswith("--overwrite")
+    written = json.loads((out / "bench.json").read_text())
+    assert [(row["name"], row["context"]) for row in written["rows"]] == [
+        (str(model), 8),
+        (str(model), 16),
+        ("base", 8),
+    ]
+    assert all(row["decode_tokens_per_second"] > 0 for row in written["rows"])
+    assert written["missing"] == [{"name": "base", "batch": 1, "context": 16}]
+    assert [file.name for file in out.iterdir()] == ["bench.json"]
+
+
+def test_an_earlier_result_is_replaced_only_when_asked_and_only_by_a_finished_case(make_model, tmp_path, monkeypatch):
+    model, out = make_model(), tmp_path / "out"
+    out.mkdir()
+    (out / "bench.json").write_text("earlier")
+    command = ["bench", str(model), "--context", "8", "--new-tokens", "2", "--repeats", "1", "-q", "-o", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr("kit.convert.checkpoint.Checkpoint.load_model", None)
+        result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, KitError)
+    assert result.exception.exit_code == 2
+    assert "--overwrite" in result.exception.next_step
+    with monkeypatch.context() as patched:
+        patched.setattr("kit.convert.bench.measure", lambda *_, **__: 1 / 0)
+        assert isinstance(CliRunner().invoke(app, [*command, "--overwrite"]).exception, ZeroDivisionError)
+    assert (out / "bench.json").read_text() == "earlier"
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
+    assert json.loads((out / "bench.json").read_text())["missing"] == []
+    assert sorted(file.name for file in out.iterdir()) == ["bench.json", "bench.png"]
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "made" / "x.json"
+    write_text(file, "one")
+    half = replacing(file)
+    half.__enter__().write_text("half")
+    with pytest.raises(RuntimeError):
+        half.gen.throw(RuntimeError())
+    assert file.read_text() == "one"
+    assert list(file.parent.iterdir()) == [file]
+    check_files(tmp_path / "other", ["x.json"], replace=False)
+    check_files(file.parent, ["x.json"], replace=True)
+    for arguments, what in (
+        ({"folder": file.parent, "names": ["x.json"]}, "earlier run"),
+        ({"folder": file, "names": []}, "file of that name"),
+        ({"folder": None, "names": [], "plot": file}, "PNG"),
+    ):
+        with pytest.raises(KitError, match=what) as caught:
+            check_files(**arguments, replace=False)
+        assert caught.value.exit_code == 2

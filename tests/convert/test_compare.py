@@ -229,6 +229,14 @@ def test_the_command(folder, tmp_path):
     assert [r["name"] for r in written["rows"]] == ["base", "one", "two"]
     again = kit("compare", out / "compare.json", "--json", "-q")
     assert json.loads(again.stdout) == written
+    for place in (["-o", out], ["--plot", tmp_path / "plot.png"]):
+        done = kit("compare", tmp_path / "one.json", "nowhere", *place)  # refused before models are looked for
+        assert done.returncode == 2
+        assert "results of an earlier run are there" in done.stderr
+        assert "--overwrite" in done.stderr
+    done = kit("compare", out / "compare.json", "-o", out, "--plot", tmp_path / "plot.png", "--overwrite", "-q")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "compare.json").read_text()) == written
     for wrong, what in ((["--plot", "plot.pdf"], "PNG"), (["-o", "text.txt"], "file of that name")):
         done = kit("compare", "one", *wrong)
         assert done.returncode == 2

@@ -5,12 +5,21 @@ import math
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from kit.convert.checkpoint import open_checkpoint
+from kit.cli import app
+from kit.convert.bench import bench
+from kit.convert.checkpoint import Checkpoint, open_checkpoint
 from kit.convert.data import sample_from_model
+from kit.convert.errors import KitError
 from kit.convert.evaluate import evaluate
 from kit.convert.inspect import cache_bytes
+from kit.convert.pipeline import Options, convert
+from kit.convert.progress import Progress
 from kit.convert.report import markdown_table, table_cells
+from kit.modules.accelerated import FusedModel, enable_kernels
+from kit.modules.quantized import QuantizedLinear
+from kit.recipes import load_recipes
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +125,94 @@ def test_cache_bytes_of_a_linearized_model_are_those_of_its_cache():
     cache = model(torch.ones(1, 50, dtype=torch.long), use_cache=True).past_key_values
     real = sum(layer.keys.nbytes + layer.values.nbytes + layer.recurrent_states[0].nbytes for layer in cache.layers)
     assert cache_bytes(config.to_dict()) == {"per_token": 0, "constant": real}
+
+
+@pytest.fixture(scope="module")
+def quantized(make_model, tmp_path_factory):
+    """A tiny model in 16 bits, and as W4AFP8 with an INT4 cache: (base folder, quantized folder)."""
+    base = make_model(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, seed=2)
+    out = tmp_path_factory.mktemp("quantized") / "w4afp8"
+    text = out.with_name("text.txt")
+    text.write_text(" ".join(f"w{4 + i * i % 89}" for i in range(300)))
+    data = [f"data.dataset={text}", "data.num_samples=4", "data.seq_len=32"]
+    recipes = load_recipes("rtn", ["group_size=32", "kv.bits=4", "kv.window=16", *data])
+    convert(open_checkpoint(str(base)), recipes, Options(out, eval_tokens=0, device="cpu"), Progress())
+    return base, out
+
+
+def on_reference(model):
+    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    return enable_kernels(model, "reference") if quantized else model
+
+
+def test_a_quantized_model_is_measured_on_the_kernels_and_the_report_says_so(quantized, tmp_path, monkeypatch):
+    """Attention in PyTorch, since this is no GPU: the fused path gives the modules' figures, but for ties of FP8."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{4 + i * i % 89}" for i in range(256)))
+    base, model = (open_checkpoint(str(folder)) for folder in quantized)
+    prompts = []
+    run = FusedModel.prompt
+    monkeypatch.setattr(FusedModel, "prompt", lambda *a: prompts.append(a[1].shape[1]) or run(*a))
+    options = {"num_tokens": 64, "dataset": str(text), "seq_len": 64, "generations": 1}
+
+    def measure(**change):
+        prompts.clear()
+        return evaluate({"w4afp8": model}, base=base, **options | change)["rows"]
+
+    modules = measure()
+    assert "need a Hopper GPU" in modules[1]["runs_on"] or "need Triton" in modules[1]["runs_on"]
+    assert "runs_on" not in modules[0]
+    assert not prompts
+    monkeypatch.setattr("kit.convert.checkpoint.on_kernels", on_reference)
+    kernels = measure()
+    assert kernels[1]["runs_on"] == "INT4-FP8 kernels"
+    assert set(prompts) == {64, 256}  # windows, sampled text and prompt; the prompt of the timing
+    assert kernels[1]["perplexity"] == pytest.approx(modules[1]["perplexity"], rel=0.05)
+    assert kernels[1]["perplexity"] != modules[1]["perplexity"]
+    assert kernels[1]["kl"] == pytest.approx(modules[1]["kl"], rel=0.5)
+    assert kernels[1]["decode_tokens_per_second"] > 0
+    off = measure(kernels=False)
+    assert (
+        off[1]["runs_on"] == "PyTorch, weights dequantized: the kernels are switched off" or "need" in off[1]["runs_on"]
+    )
+    assert off[1]["perplexity"] == modules[1]["perplexity"]
+    parts = measure(ablations=True, speed=False, generations=0)
+    assert not prompts
+    assert len(parts) == 4
+    assert {row["runs_on"] for row in parts[1:]} == {off[1]["runs_on"]}
+
+
+def test_the_commands_say_what_a_quantized_model_runs_on(quantized):
+    folder = str(quantized[1])
+    done = CliRunner().invoke(app, ["eval", folder, "--num-tokens", "64", "--no-speed", "--no-kernels", "-q"])
+    assert done.exit_code == 0, done.output
+    assert "w4afp8: PyTorch, weights dequantized: the " in " ".join(done.stdout.split())
+    done = CliRunner().invoke(app, ["chat", folder, "--prompt", "w5 w6", "--max-new-tokens", "3", "--no-kernels"])
+    assert done.exit_code == 0, done.output
+    assert "w4afp8: PyTorch, weights dequantized: the " in done.stderr
+
+
+def test_texts_longer_than_learned_positions_are_refused_before_weights_load(make_model, tmp_path, monkeypatch):
+    folder = make_model("gpt2", max_position_embeddings=64)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.max_positions == 64
+    assert open_checkpoint(str(make_model())).max_positions is None
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{4 + i % 60}" for i in range(300)))
+    fits = {"num_tokens": 64, "dataset": str(text), "seq_len": 64, "speed": False}
+    rows = evaluate({"gpt2": checkpoint}, base=checkpoint, **fits)["rows"]
+    assert math.isfinite(rows[1]["perplexity"])
+    monkeypatch.setattr(Checkpoint, "load_model", None)
+    for change, option in (
+        ({"num_tokens": 65}, "--num-tokens"),
+        ({"seq_len": 65}, "--seq-len"),
+        ({"recall": [512]}, "--recall"),
+        ({"generations": 1}, "--generations"),
+        ({"speed": True}, "--speed"),
+    ):
+        with pytest.raises(KitError, match="64 learned positions") as caught:
+            evaluate({"gpt2": checkpoint}, **fits | change)
+        assert (caught.value.where, caught.value.exit_code) == (option, 2)
+    sizes = {"batches": [1], "new_tokens": 8, "repeats": 1, "dtype": "auto", "device": "cpu"}
+    with pytest.raises(KitError, match="64 learned positions, and a text of 67"):
+        bench(str(folder), base=None, config=None, contexts=[8, 56], **sizes)

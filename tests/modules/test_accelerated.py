@@ -1,11 +1,12 @@
 """A quantized model on the fused path gives what its modules give: whole sequences, generation, padding, families."""
 
+import copy
 import inspect
 import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from kit.convert.checkpoint import on_kernels
 from kit.convert.shapes import CACHE, LINEARS, random_model
@@ -144,7 +145,9 @@ def test_other_calls_run_the_models_own_forward_pass_on_the_packed_weights(make)
     q, k = model.model.layers[0].self_attn.q_proj.packed, model.model.layers[0].self_attn.k_proj.packed
     assert q.codes.untyped_storage().data_ptr() == k.codes.untyped_storage().data_ptr()
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(ids, output_hidden_states=True).logits, plain(ids).logits, atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(
             model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits, atol=1e-5, rtol=1e-5
         )
@@ -199,11 +202,15 @@ def test_a_cache_says_what_it_cannot_do(make):
         first = model(ids, **{name: cache}, logits_to_keep=1).logits
         assert first.shape == (1, 1, 96)
         assert cache.get_seq_length() == 20
-        for call in (lambda: cache.crop(3), lambda: cache.reorder_cache(torch.tensor([0]))):
-            with pytest.raises(ValueError, match="DynamicCache"):
-                call()
-        with pytest.raises(ValueError, match="room for 128"):
-            model(ids.repeat(1, 6), **{name: cache})
+        for what, call in {
+            "holds 1 rows, and 2": {"input_ids": ids.repeat(2, 1)},
+            "hidden states": {"input_ids": ids, "output_hidden_states": True},
+            "losses": {"input_ids": ids[:, :1], "labels": ids[:, :1]},
+            "counts positions": {"input_ids": ids, "position_ids": torch.arange(20)[None]},
+        }.items():
+            with pytest.raises(ValueError, match=f"{what}.*\n.*\n.*DynamicCache"):
+                model(**call, **{name: cache})
+        assert cache.get_seq_length() == 20
         cache.reset()
         torch.testing.assert_close(model(ids, **{name: cache}, logits_to_keep=1).logits, first)
 
@@ -331,6 +338,280 @@ def test_loading_onto_a_cpu_changes_nothing_and_says_nothing(make):
         warnings.simplefilter("error")
         assert on_kernels(model) is model
     assert getattr(model, "fused", None) is None
+
+
+def steps(model, cache, ids, chunks):
+    """Logits of ids given to one cache in chunks."""
+    with torch.no_grad():
+        parts = [model(part, **{cache_name(model): cache}, use_cache=True).logits for part in ids.split(chunks, 1)]
+    return torch.cat(parts, 1)
+
+
+def tokens(rows, length):
+    return torch.randint(4, 96, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def a_cache(model):
+    return DynamicCache(config=model.config) if getattr(model, "fused", None) is None else FusedCache(8)
+
+
+@pytest.mark.parametrize("variant", ["llama", "16-bit cache", "a window of all", "no window, scales after RoPE"])
+def test_a_cache_that_is_full_grows_and_nothing_else_changes(make, variant):
+    """Against a cache that was large enough from the start, to the bit, in steps and in chunks."""
+    model, ids = enable_kernels(make(**VARIANTS[variant]), "reference"), tokens(2, 290)
+    chunks = [120, *[1] * 12, 150, *[1] * 8]
+    small, large = FusedCache(16), FusedCache(400)
+    assert torch.equal(steps(model, small, ids, chunks), steps(model, large, ids, chunks))
+    assert (small.store.capacity, large.store.capacity) == (512, 512)  # 128, 256, 512
+    assert torch.equal(small.store.recent, large.store.recent)
+    assert torch.equal(small.store.codes, large.store.codes)
+
+
+def test_growth_makes_a_captured_step_stale(make):
+    model = enable_kernels(make(), "reference")
+    cache = FusedCache(1)
+    steps(model, cache, tokens(1, 128), [128])
+    cache.graph, cache.warm = "captured", True
+    cache.grow(128)
+    assert cache.graph
+    cache.grow(129)
+    assert (cache.graph, cache.warm, cache.store.capacity) == (None, False, 256)
+    cache.graph = "captured"
+    cache.grow(900)
+    assert cache.store.capacity == 1024
+
+
+def test_nothing_that_counts_on_the_host_is_captured(make, monkeypatch):
+    model, ids = enable_kernels(make(), "reference"), tokens(1, 20)
+    monkeypatch.setattr(model.fused, "captured", lambda: True)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"cannot be captured.*\n.*\n.*fused\.step"):
+            model(ids, **{cache_name(model): FusedCache(64)})
+        assert model(ids, use_cache=False).logits.shape == (1, 20, 96)  # the model's own forward pass can be
+
+
+@pytest.mark.parametrize("window", [8, 0, 128])
+def test_tokens_taken_back_leave_no_trace_but_rounding(make, window):
+    """Where all that queries read unrounded is still held, the next tokens see what they would have seen."""
+    model, ids = enable_kernels(make(window=window), "reference"), tokens(2, 40)
+    want, cropped = FusedCache(64), FusedCache(64)
+    steps(model, want, ids[:, :20], [20])
+    steps(model, cropped, ids[:, :25], [20, 2, 3])
+    cropped.crop(-5)
+    assert cropped.get_seq_length() == int(cropped.store.length) == 20
+    ring = want.store.recent - cropped.store.recent
+    one, two = (steps(model, cache, ids[:, 30:34], [1, 3]) for cache in (want, cropped))
+    if window == 8:  # the window has moved on by five
+        slots = [t % 8 for t in range(12, 20)]
+        assert torch.equal(ring[..., slots[5:], :], torch.zeros_like(ring[..., slots[5:], :]))
+        lost = ring[..., slots[:5], :]
+        assert 0 < float(lost.norm()) < 0.15 * float(want.store.recent.norm())  # INT4's rounding
+        assert float((one - two).norm() / one.norm()) < 0.3
+    else:
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+    cropped.crop(20)  # the older form: how many are left
+    assert cropped.get_seq_length() == 20
+    cropped.crop(-100)
+    assert cropped.get_seq_length() == 0
+
+
+def test_rows_are_reordered_repeated_and_kept(make):
+    model, ids = enable_kernels(make(), "reference"), tokens(3, 24)
+    whole = steps(model, FusedCache(64), ids, [20, 4])[:, 20:]
+    for change, rows in (
+        (lambda c: c.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda c: c.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+        (lambda c: c.batch_select_indices(torch.tensor([True, False, True])), [0, 2]),
+    ):
+        cache = FusedCache(64)
+        steps(model, cache, ids[:, :20], [20])
+        cache.graph = "captured"
+        change(cache)
+        assert (cache.graph is None) == (len(rows) != 3)
+        torch.testing.assert_close(steps(model, cache, ids[rows, 20:], [4]), whole[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_beam_search_and_assisted_decoding_go_on_from_a_cache_of_ours(make):
+    """What transformers reorders, in a cache that holds the start of the prompt already, and takes back."""
+    ids, mask, beams, assisted = tokens(1, 14), torch.ones(1, 14, dtype=torch.long), [], []
+    for seed in range(3):
+        found = {}
+        for model in (enable_kernels(make(seed=seed), "reference"), make(seed=seed)):
+            for kind, rows, options in (
+                (beams, 3, {"num_beams": 3}),
+                (assisted, 1, {"prompt_lookup_num_tokens": 3}),
+            ):
+                cache = a_cache(model)
+                if rows > 1:
+                    steps(model, cache, ids[:, :13].repeat(rows, 1), [13])
+                options |= {"max_new_tokens": 8, "do_sample": False, cache_name(model): cache}
+                found.setdefault(id(kind), []).append(model.generate(ids, attention_mask=mask, **options))
+        for kind in (beams, assisted):
+            kind.append(torch.equal(*found[id(kind)]))
+    assert sum(beams) >= 2
+    assert sum(assisted) >= 2
+
+
+def test_a_prefix_is_used_again_and_turns_follow_each_other(make):
+    """As transformers' documentation has it: the cache of a prefix, copied for each of several continuations."""
+    prefix, pairs = tokens(2, 100), []
+    for seed in range(3):
+        found = []
+        for model in (enable_kernels(make(seed=seed), "reference"), make(seed=seed)):
+            kept = a_cache(model)
+            steps(model, kept, prefix, [100])
+            for end in (7, 9):
+                ids = torch.cat([prefix, torch.full((2, 5), end)], 1)
+                cache = copy.deepcopy(kept)
+                first = generate(model, ids, torch.ones_like(ids), 4, **{cache_name(model): cache})
+                again = torch.cat([first.sequences, torch.full((2, 3), 11)], 1)
+                found.append(generate(model, again, torch.ones_like(again), 25, **{cache_name(model): cache}))
+            assert kept.get_seq_length() == 100
+            assert cache.get_seq_length() == 100 + 5 + 4 + 3 + 24
+        pairs += zip(found[:2], found[2:], strict=True)
+    same = [torch.equal(a.sequences, b.sequences) for a, b in pairs]
+    assert sum(same) > len(pairs) / 2
+
+
+def test_a_padded_batch_goes_on_where_its_first_turn_ended(make):
+    (ids, mask), pairs = prompts(), []
+    for seed in range(3):
+        turns = []
+        for model in (enable_kernels(make(seed=seed), "reference"), make(seed=seed)):
+            first = generate(model, ids, mask, 5)
+            cache = first.get("past_key_values", first.get("cache"))
+            again = torch.cat([first.sequences, tokens(2, 6)], 1)
+            longer = torch.cat([mask, torch.ones(2, again.shape[1] - 13, dtype=mask.dtype)], 1)
+            turns.append(generate(model, again, longer, 5, **{cache_name(model): cache}))
+        pairs.append(turns)
+    assert alike(pairs)
+
+
+def test_plain_calls_take_the_fast_path_unless_somebody_needs_the_modules(make, monkeypatch):
+    (ids, mask), model, plain = prompts(), enable_kernels(make(), "reference"), make()
+    calls, run = [], model.fused.prompt
+    monkeypatch.setattr(model.fused, "prompt", lambda *a, **k: calls.append(1) or run(*a, **k))
+
+    def fast(**arguments):
+        calls.clear()
+        arguments = {"input_ids": ids} | arguments
+        out, want = model(**arguments), plain(**arguments)
+        real = arguments.get("attention_mask", torch.ones_like(mask)).bool()[:, -out.logits.shape[1] :]
+        got, want_logits = out.logits.detach()[real], want.logits.detach()[real]
+        assert float((got - want_logits).norm() / want_logits.norm()) < 0.05  # a tie may fall to either side
+        assert (out.get(cache_name(model)) is None) == (want.get(cache_name(plain)) is None)
+        return bool(calls)
+
+    right, positions = mask.flip(-1), (mask.cumsum(-1) - 1).clamp(min=0)
+    hidden = {"output_hidden_states": True}
+    assert not fast()  # with gradients
+    with torch.no_grad():
+        assert fast()
+        assert fast(use_cache=False)
+        assert fast(attention_mask=torch.ones_like(mask), logits_to_keep=3)
+        assert fast(attention_mask=mask, position_ids=positions)
+        assert not fast(attention_mask=mask)  # transformers' positions count the padding
+        assert fast(attention_mask=right, use_cache=False)
+        assert not fast(attention_mask=right)
+        for given in (hidden, {"labels": ids}, {"position_ids": torch.arange(13)[None] + 3}):
+            assert not fast(**given)
+        assert fast()  # what transformers hooks for hidden states stays, and sleeps
+        model.train(), plain.train()
+        assert not fast()
+        model.eval(), plain.eval()
+        seen = []
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+        assert not fast()
+        assert seen
+        handle.remove()
+        assert fast(inputs_embeds=model.get_input_embeddings()(ids), input_ids=None)
+        for form in ({"return_dict": False}, {"return_dict": False, **hidden}):
+            out = model(ids, **form)
+            assert isinstance(out, tuple)
+            torch.testing.assert_close(out[0], plain(ids).logits, atol=1e-2, rtol=1e-2)
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(make):
+    model, ids = enable_kernels(make(), "reference"), tokens(1, 150)
+    cache = FusedCache(8)
+    with torch.inference_mode():
+        model(ids[:, :100], **{cache_name(model): cache})
+    got = steps(model, cache, ids[:, 100:], [1, 48, 1])
+    cache.reorder_cache(torch.tensor([0]))
+    cache.crop(-1)
+    torch.testing.assert_close(got, steps(model, FusedCache(8), ids, [100, 1, 48, 1])[:, 100:])
+
+
+def test_a_call_with_gradients_on_a_cache_computes_without(make):
+    model, ids = enable_kernels(make(), "reference"), tokens(1, 20)
+    cache = FusedCache(64)
+    steps(model, cache, ids[:, :18], [18])
+    assert not model(ids[:, 18:19], **{cache_name(model): cache}).logits.requires_grad
+    assert not model(ids[:, 19:], **{cache_name(model): cache}).logits.requires_grad
+
+
+def test_generation_with_a_static_cache_runs_the_modules(make):
+    (ids, mask), pairs = prompts(), []
+    for seed in range(3):
+        pairs.append(
+            [
+                generate(m, ids, mask, 5, cache_implementation="static")
+                for m in (enable_kernels(make(seed=seed), "reference"), make(seed=seed))
+            ]
+        )
+        assert isinstance(pairs[-1][0].get("past_key_values", pairs[-1][0].get("cache")), StaticCache)
+    assert alike(pairs)
+
+
+def test_a_model_on_the_kernels_compiles_as_its_modules_do(make):
+    """One graph, without a break, of the forward pass of a whole sequence."""
+    ids = tokens(2, 13)
+    found = []
+    for model in (enable_kernels(make(kv=False), "reference"), make(kv=False)):
+        with torch.no_grad():
+            want = model(ids, use_cache=False).logits
+            got = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
+        assert float((got - want).norm() / want.norm()) < 0.05
+        found.append(got)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.05
+
+
+def test_parts_of_a_model_on_the_kernels_are_neither_moved_nor_copied_nor_stored(make):
+    model = enable_kernels(make(), "reference")
+    for part in (model, model.model, model.model.layers[1], model.model.layers[0].mlp.up_proj):
+        for change in (lambda x: x.to(torch.float16), lambda x: x.to("meta"), copy.deepcopy, lambda x: x.state_dict()):
+            with pytest.raises(ValueError, match=r"kernels.*\n  where: .*\n  next:  load it again"):
+                change(part)
+    with pytest.raises(ValueError, match="no state dict"):
+        model.load_state_dict({}, strict=False)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu_a_cache_grows_and_its_step_is_captured_anew(make):
+    """Beside the same steps without graphs, on a cache that was large enough; and a capture of the user's own."""
+    model = enable_kernels(make(dtype=torch.bfloat16).to("cuda"), "triton")
+    ids = tokens(2, 290).to("cuda")
+    chunks = [100, *[1] * 190]
+    small, large = FusedCache(8), FusedCache(400)
+    got, graph = steps(model, small, ids, chunks), small.graph
+    assert graph is not None
+    assert small.store.capacity == 512
+    model.fused.graphs = False
+    want = steps(model, large, ids, chunks)
+    assert large.graph is None
+    assert float((got - want).float().norm() / want.float().norm()) < 2e-2
+    model.fused.graphs = True
+    whole = generate(model, ids[:, :20], torch.ones_like(ids[:, :20]), 150)  # beyond what a plain call reserves
+    assert whole.sequences.shape == (2, 170)
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="cannot be captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        model(ids[:, :1], **{cache_name(model): FusedCache(8)})
 
 
 # ---- on a GPU

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 import kit
 from kit.convert.checkpoint import open_checkpoint
 from kit.convert.errors import KitError
+from kit.convert.evaluate import evaluate
+from kit.convert.inspect import cache_bytes
 from kit.convert.pipeline import Options, convert
 from kit.convert.progress import Progress
 from kit.modules.cache import carried_cache
@@ -208,3 +211,64 @@ def test_a_quantized_model_is_neither_saved_nor_quantized_again(quantize, tmp_pa
         kit.load(str(out)).save_pretrained(tmp_path / "saved")
     with pytest.raises(KitError, match="already quantized"):
         quantize(source=out, name="twice")
+
+
+FP8_CACHE = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "group_size": None,
+    "dynamic": False,
+    "symmetric": True,
+}  # fmt: skip  (as llm-compressor writes it)
+CACHE_SCALES = {"k_scale": 0.02, "v_scale": 0.01}
+
+
+class RoundingCache(DynamicCache):
+    """transformers' cache, of the nearest e4m3 multiples of fixed scales."""
+
+    def update(self, k, v, *args, **kwargs):
+        rounded = (
+            (x.double() / scale).float().clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale
+            for x, scale in zip((k, v), CACHE_SCALES.values(), strict=True)
+        )
+        return super().update(*(x.to(k.dtype) for x in rounded), *args, **kwargs)
+
+
+def with_cache_scheme(out, scheme):
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (out / "config.json").write_text(json.dumps(config))
+
+
+@torch.no_grad()
+def test_another_tool_s_fp8_cache_is_computed(quantize):
+    _, out, _ = quantize(*PLAIN, "scheme=FP8")
+    model = kit.load(str(out), dtype="float32")
+    name = next(iter(carried_cache(model(IDS[:, :2], use_cache=True))))
+    want, plain = model(IDS, **{name: RoundingCache()}).logits, model(IDS).logits
+    tensors = load_file(out / "model.safetensors")
+    for layer in range(3):
+        for scale, value in CACHE_SCALES.items():
+            tensors[f"model.layers.{layer}.self_attn.{scale}"] = torch.tensor([value])
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with_cache_scheme(out, FP8_CACHE)
+    model = kit.load(str(out), dtype="float32")
+    assert float((want - plain).norm() / plain.norm()) > 0.01
+    torch.testing.assert_close(model(IDS, use_cache=False).logits, want, atol=1e-4, rtol=1e-4)
+    state = model(IDS[:, :30], use_cache=True)
+    rest = model(IDS[:, 30:], use_cache=True, **carried_cache(state)).logits
+    torch.testing.assert_close(torch.cat([state.logits, rest], 1), want, atol=1e-4, rtol=1e-4)
+    assert cache_bytes(json.loads((out / "config.json").read_text()))["per_token"] == 3 * 2 * 2 * 16 * 2
+
+
+@pytest.mark.parametrize("change", [{"dynamic": True}, {"strategy": "attn_head"}, {"num_bits": 4, "type": "int"}])
+def test_other_caches_are_refused_before_weights_load(quantize, monkeypatch, change):
+    _, out, _ = quantize(*PLAIN)
+    with_cache_scheme(out, FP8_CACHE | change)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    checkpoint = open_checkpoint(str(out))
+    for load in (lambda: kit.load(str(out)), lambda: evaluate({"x": checkpoint}), lambda: checkpoint.check_runs({})):
+        with pytest.raises(KitError, match=r"kv_cache_scheme \(num_bits") as caught:
+            load()
+        assert "quantize the original" in caught.value.next_step
