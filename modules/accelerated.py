@@ -22,10 +22,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kit.kernels.int4_fp8 import (
     PackedInt4,
     int4_fp8_linear,
+    int4_fp8_swiglu,
     prepack,
     quantize_fp8,
     rms_norm_quantize,
-    swiglu_quantize,
     unpack_int4,
 )
 from kit.kernels.int4_fp8.attention import (
@@ -42,6 +42,9 @@ from kit.modules.cache import cache_argument
 from kit.modules.quantized import AttentionQuantization, QuantizedLinear, rotation_signs
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ASKED_BYTES = (
+    2**24
+)  # of gate and up's codes that attention has brought to the L2 cache; the output projection's come first
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length
 
 
@@ -135,6 +138,10 @@ class Product:
         """(..., K), quantized or not, -> (..., N) in `dtype`."""
         return int4_fp8_linear(x, self.packed, self.bias, dtype, self.exact)
 
+    def swiglu(self, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """SwiGLU of the outputs, which are gates and up's, quantized: (..., N / 2) and a scale a token."""
+        return int4_fp8_swiglu(x, self.packed, self.bias, dtype, self.exact)
+
 
 class FusedLayer:
     """One decoder layer: its four products, norms, and what its attention does to heads."""
@@ -146,6 +153,7 @@ class FusedLayer:
         self.o = Product(attention, ("o_proj",), exact)
         self.gate_up = Product(mlp, ("gate_proj", "up_proj"), exact)
         self.down = Product(mlp, ("down_proj",), exact)
+        self.ahead = self.o.packed.codes, self.gate_up.packed.codes.view(-1)[:ASKED_BYTES]
         self.scale = float(attention.scaling)
         self.sliding = sliding_window(attention, config)
         dim, q_norm = attention.head_dim, getattr(attention, "q_norm", None)
@@ -185,7 +193,7 @@ class FusedLayer:
         x = self.o(quantize_fp8(attended), x.dtype)
         norm = self.post_norm
         codes, scale, h = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, h)  # type: ignore[misc]
-        return self.down(swiglu_quantize(self.gate_up((codes, scale), x.dtype)), x.dtype), h
+        return self.down(self.gate_up.swiglu((codes, scale), x.dtype), x.dtype), h
 
 
 class FusedCache(Cache):
@@ -325,8 +333,18 @@ class FusedModel:
         for index, layer in enumerate(self.layers):
 
             def attend(qkv: Tensor, layer: FusedLayer, index: int = index) -> Tensor:
+                more = {"ahead": layer.ahead} if attention is attend_step else {}
                 return attention(
-                    qkv, cos, sin, layer.heads, store, index, scale=layer.scale, sliding=layer.sliding, **options
+                    qkv,
+                    cos,
+                    sin,
+                    layer.heads,
+                    store,
+                    index,
+                    scale=layer.scale,
+                    sliding=layer.sliding,
+                    **more,
+                    **options,
                 )
 
             x, h = layer(x, h, attend)

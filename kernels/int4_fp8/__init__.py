@@ -1,6 +1,12 @@
 """INT4 weights with FP8 activations, and the INT4 key/value cache."""
 
-from kit.kernels.int4_fp8.linear import int4_fp8_linear, quantize_fp8, rms_norm_quantize, swiglu_quantize
+from kit.kernels.int4_fp8.linear import (
+    int4_fp8_linear,
+    int4_fp8_swiglu,
+    quantize_fp8,
+    rms_norm_quantize,
+    swiglu_quantize,
+)
 from kit.kernels.int4_fp8.packing import PackedInt4, prepack
 from kit.kernels.int4_fp8.reference import (
     cast_fp8,
@@ -25,6 +31,7 @@ __all__ = [
     "dequantized_linear",
     "hadamard",
     "int4_fp8_linear",
+    "int4_fp8_swiglu",
     "pack_int4",
     "per_tensor_factor",
     "prepack",

@@ -22,6 +22,7 @@ from kit.kernels.int4_fp8.reference import FP8, quantize_activations
 try:
     from kit.kernels.int4_fp8.linear_launch import MAX_WIDTH
     from kit.kernels.int4_fp8.linear_launch import expand as gpu_expand
+    from kit.kernels.int4_fp8.linear_launch import gated as gpu_gated
     from kit.kernels.int4_fp8.linear_launch import linear as gpu_linear
     from kit.kernels.int4_fp8.linear_launch import norm_quantize as gpu_norm_quantize
     from kit.kernels.int4_fp8.linear_launch import quantize as gpu_quantize
@@ -75,6 +76,30 @@ def int4_fp8_linear(
         x = quantize_fp8(x)
     codes, scale = x
     return _linear(
+        codes, scale, weight.codes, weight.scales, weight.zeros, weight.out_features, weight.in_features, bias, dtype,
+        exact,
+    )  # fmt: skip
+
+
+def int4_fp8_swiglu(
+    x: tuple[Tensor, Tensor],
+    weight: PackedInt4,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`swiglu_quantize` of `int4_fp8_linear`, the same numbers; with few tokens SwiGLU is done where the product is.
+
+    Args:
+        x: (..., K) e4m3 and (...,) fp32.
+        weight: (2 I, K), gates first.
+        bias, dtype, exact: as for `int4_fp8_linear`.
+
+    Returns:
+        (..., I) e4m3 and (...,) fp32.
+    """
+    codes, scale = x
+    return _linear_swiglu(
         codes, scale, weight.codes, weight.scales, weight.zeros, weight.out_features, weight.in_features, bias, dtype,
         exact,
     )  # fmt: skip
@@ -172,6 +197,34 @@ def _expanded(x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | Non
 @_linear.register_fake
 def _(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact):
     return codes.new_empty(*codes.shape[:-1], outputs, dtype=dtype)
+
+
+@_operation
+def _linear_swiglu(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zeros: Tensor | None,
+    outputs: int,
+    inputs: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    if _on_kernels(codes, 0):
+        packed = PackedInt4(weight, weight_scale, zeros, outputs, inputs)
+        with torch.cuda.device_of(codes):
+            made = gpu_gated(_rows(codes), scale.reshape(-1).contiguous(), packed, bias, dtype)
+        if made is not None:
+            return made[0].view(*codes.shape[:-1], outputs // 2), made[1].view(codes.shape[:-1])
+    y = _linear(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact)
+    return _swiglu_quantize(y)
+
+
+@_linear_swiglu.register_fake
+def _(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact):
+    return _fake_quantized(codes, outputs // 2)
 
 
 def _fake_quantized(x: Tensor, width: int) -> tuple[Tensor, Tensor]:

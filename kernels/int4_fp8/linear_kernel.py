@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # no Triton on this platform: the dispatch takes the PyTorch path
     raise ImportError("Triton is not installed") from error
 
-from kit.kernels.int4_fp8.quantize_kernel import e4m3_bits, wait_for_others
+from kit.kernels.int4_fp8.quantize_kernel import e4m3_bits, magnitude_bits, silu, wait_for_others
 
 TILE = tl.constexpr(64)  # rows whose codes lie together
 COUNTS = ["num_tokens", "num_groups", "groups_each", "token_blocks"]  # a new value compiles nothing anew
@@ -72,7 +72,26 @@ ASK = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 @triton.jit
-def ask_and_wait(codes, tile, first, last, num_groups, BN: tl.constexpr, HALF: tl.constexpr, LINES: tl.constexpr):
+def rows_of(tile, local, num_outputs, BN: tl.constexpr, PAIRED: tl.constexpr):
+    """The rows of W that a program has: BN that lie together or, PAIRED, BN / 2 gates and the same of up's."""
+    if PAIRED:
+        return tile * (BN // 2) + local % (BN // 2) + local // (BN // 2) * (num_outputs // 2)
+    return tile * BN + local
+
+
+@triton.jit
+def ask_and_wait(
+    codes,
+    tile,
+    first,
+    last,
+    num_groups,
+    num_outputs,
+    BN: tl.constexpr,
+    HALF: tl.constexpr,
+    LINES: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
     """Ask for a program's first LINES lines of 128 bytes of codes, then wait for the last kernel.
 
     Args:
@@ -83,9 +102,9 @@ def ask_and_wait(codes, tile, first, last, num_groups, BN: tl.constexpr, HALF: t
         GROUP_LINES: tl.constexpr = BN * HALF // 128 if BN < TILE else TILE * HALF // 128
         line = tl.arange(0, LINES)
         group = tl.minimum(first + line // GROUP_LINES, last - 1)
-        row = tile * BN
+        row = rows_of(tile, line % GROUP_LINES * 128 // HALF, num_outputs, BN, PAIRED)
         block = (row // TILE).to(tl.int64) * num_groups + group
-        at = codes + block * (TILE * HALF) + (row % TILE) * HALF + line % GROUP_LINES * 128
+        at = codes + block * (TILE * HALF) + (row % TILE) * HALF
         tl.inline_asm_elementwise(ASK, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
     gdc_wait()
 
@@ -150,6 +169,30 @@ def store_rows(acc, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, H
 
 
 @triton.jit
+def store_active(acc, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens, num_outputs, HAS_BIAS: tl.constexpr):
+    """Write SiLU(gate) · up of sums (gates and then up's, tokens) as `quantize_kernel.swiglu_rows` rounds it.
+
+    Args:
+        out: (M, I).
+        peaks: (M, programs of a token) int32, the bits of the largest magnitude of each program.
+    """
+    there = tokens < num_tokens
+    acc *= tl.load(x_scale + tokens, mask=there, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + rows).to(tl.float32)[:, None]
+    kind: tl.constexpr = out.dtype.element_ty
+    HALF_ROWS: tl.constexpr = acc.shape[0] // 2
+    both = acc.to(kind).to(tl.float32).reshape(2, HALF_ROWS, acc.shape[1]).permute(1, 2, 0)
+    gate, up = tl.split(both)
+    active = silu(gate, kind) * up
+    row = tile * HALF_ROWS + tl.arange(0, HALF_ROWS)
+    at = tokens.to(tl.int64)[None, :] * (num_outputs // 2) + row[:, None]
+    tl.store(out + at, active.to(kind), mask=there[None, :])
+    peak = tl.max(magnitude_bits(active.to(kind).to(tl.float32)), 0)
+    tl.store(peaks + tokens * tl.num_programs(0) + tile, peak, mask=there)
+
+
+@triton.jit
 def finish(
     acc,
     x_scale,
@@ -157,6 +200,8 @@ def finish(
     partial,
     counter,
     out,
+    peaks,
+    tile,
     rows,
     tokens,
     split,
@@ -164,10 +209,17 @@ def finish(
     num_outputs,
     HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
-    """Write Y, or with splits of K this split's part; the program that comes last adds all parts, in one order."""
+    """Write Y, or what `store_active` makes of it (PAIRED); with splits of K this split's part.
+
+    The program that comes last at a tile adds all parts, in one order.
+    """
     if SPLITS == 1:
-        store_rows(acc, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+        if PAIRED:
+            store_active(acc, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+        else:
+            store_rows(acc, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
     else:
         part = num_tokens * num_outputs
         at = tokens[None, :] * num_outputs + rows[:, None]
@@ -178,7 +230,10 @@ def finish(
             total = tl.zeros(acc.shape, tl.float32)
             for other in tl.static_range(SPLITS):
                 total += tl.load(partial + other * part + at, mask=ok, other=0.0, cache_modifier=".cg")
-            store_rows(total, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+            if PAIRED:
+                store_active(total, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+            else:
+                store_rows(total, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
             tl.store(counter, 0)
 
 
@@ -194,6 +249,7 @@ def few_tokens(
     partial,
     counters,
     out,
+    peaks,
     num_tokens,
     num_inputs,
     num_outputs,
@@ -204,6 +260,7 @@ def few_tokens(
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     HALF: tl.constexpr,
@@ -212,7 +269,8 @@ def few_tokens(
     LINES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Y for M <= BM, bound by reading codes. Grid (N padded / BN, SPLITS).
+    """Y for M <= BM, bound by reading codes. Grid (N padded / BN, SPLITS), or (N / BN, SPLITS) if PAIRED: then the
+    outputs are gates and up's, and the result is what `store_active` makes of them.
 
     Each of STEP warps multiplies a group of its own, with fp16 operands (exact: codes and e4m3 numbers are fp16
     numbers); what they have summed is added at the end.
@@ -225,12 +283,13 @@ def few_tokens(
         bias: (N,), read with HAS_BIAS.
         partial: (SPLITS, M, N) fp32, scratch.
         counters: a tile each, int32, zero before and after.
-        out: (M, N).
+        out: (M, N), or (M, N / 2) if PAIRED.
+        peaks: of `store_active`.
         EVEN: K is a whole number of groups.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    rows = tile * BN + tl.arange(0, BN)
+    rows = rows_of(tile, tl.arange(0, BN), num_outputs, BN, PAIRED)
     tokens = tl.arange(0, BM)
     there = tokens < num_tokens
     lane = tl.arange(0, STEP)
@@ -246,7 +305,7 @@ def few_tokens(
     acc = tl.zeros([STEP, BN, BM], tl.float32)
     scale = tl.load(scales + first * padded + row_at, mask=(first + lane < last)[:, None], other=0.0)
     if not PLAIN:
-        ask_and_wait(codes, tile, first, last, num_groups, BN, HALF, LINES)
+        ask_and_wait(codes, tile, first, last, num_groups, num_outputs, BN, HALF, LINES, PAIRED)
     for group in tl.range(first, last, STEP, num_stages=STAGES):
         inside = group + lane < last
         ahead = group + STEP
@@ -267,8 +326,8 @@ def few_tokens(
         gdc_launch_dependents()
     total = tl.sum(acc, 0)
     finish(
-        total, x_scale, bias, partial, counters + tile, out, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS,
-        SPLITS,
+        total, x_scale, bias, partial, counters + tile, out, peaks, tile, rows, tokens, split, num_tokens, num_outputs,
+        HAS_BIAS, SPLITS, PAIRED,
     )  # fmt: skip
 
 
@@ -370,7 +429,7 @@ def many_tokens(
     acc1 = acc
     scale = tl.load(scales + first * padded + rows)
     if not PLAIN:
-        ask_and_wait(codes, tile, first, last, num_groups, BN, HALF, LINES)
+        ask_and_wait(codes, tile, first, last, num_groups, num_outputs, BN, HALF, LINES, False)
     for group in tl.range(first, last, num_stages=STAGES):
         next_scale = tl.load(scales + tl.minimum(group + 1, last - 1) * padded + rows)
         operand = codes_fp8(tl.load(at + group * (TILE * HALF)), PLAIN)
@@ -391,11 +450,14 @@ def many_tokens(
     if not PLAIN:
         gdc_launch_dependents()
     counter = counters + pid * PARTS
-    finish(acc, x_scale, bias, partial, counter, out, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS, SPLITS)
+    finish(
+        acc, x_scale, bias, partial, counter, out, out, tile, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS,
+        SPLITS, False,
+    )  # fmt: skip
     if PARTS == 2:
         finish(
-            acc1, x_scale, bias, partial, counter + 1, out, rows, tokens + BM, split, num_tokens, num_outputs,
-            HAS_BIAS, SPLITS,
+            acc1, x_scale, bias, partial, counter + 1, out, out, tile, rows, tokens + BM, split, num_tokens,
+            num_outputs, HAS_BIAS, SPLITS, False,
         )  # fmt: skip
 
 
