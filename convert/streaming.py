@@ -314,8 +314,13 @@ class StreamedModel:
         head = self.model.get_output_embeddings()
         tied = "lm_head.weight" not in self.view
         resident = copy.deepcopy(head)
-        name = f"{self.prefix}{self.family.embedding}.weight" if tied else "lm_head.weight"
-        resident.load_state_dict({"weight": self._read(name)}, strict=False, assign=True)
+        own = [
+            name for name in resident.state_dict() if f"lm_head.{name}" in self.view
+        ]  # scales too, of a rounded head
+        weights = {name: self._read(f"lm_head.{name}") for name in own}
+        if tied:
+            weights = {"weight": self._read(f"{self.prefix}{self.family.embedding}.weight")}
+        resident.load_state_dict(weights, strict=False, assign=True)
         cap = getattr(self.base.config, "final_logit_softcapping", None)
         return nn.Sequential(norm, resident.requires_grad_(False), *([SoftCap(cap)] if cap else []))
 

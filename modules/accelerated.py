@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kit.kernels.int4_fp8 import (
     PackedInt4,
+    fp8_linear,
     int4_fp8_linear,
     int4_fp8_swiglu,
     prepack,
@@ -91,6 +92,36 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return (grads[0].float() @ ctx.packed.dequantize()).to(grads[0].dtype), None, None
+
+
+class KernelHead(QuantizedLinear):
+    """An output head in FP8, on a kernel.
+
+    Args:
+        linear: what it replaces.
+    """
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update({k: v for k, v in linear.__dict__.items() if not k.startswith("_")})
+        self._dense = self._codes = None
+        self.weight = nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+        self.weight_scale, self.bias = linear.weight_scale, None
+
+    @staticmethod
+    def takes(head: nn.Module) -> bool:
+        """Whether this can replace a head."""
+        return isinstance(head, QuantizedLinear) and not head.int4 and head.fp8_inputs and head.bias is None
+
+    def product(self, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """(..., K), quantized, -> (..., N) in `dtype`."""
+        return fp8_linear(x, self.weight, self.weight_scale[:, 0], dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if not self.quantize_inputs or (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        return self.product(quantize_fp8(x), x.dtype)
 
 
 class Product:
@@ -290,6 +321,8 @@ class FusedModel:
         self.model, self.backend = model, backend
         config = self.config = model.config.get_text_config(decoder=True)
         self.layers = [FusedLayer(layer, config, exact) for layer in model.model.layers]
+        if KernelHead.takes(model.lm_head):
+            model.lm_head = KernelHead(model.lm_head)
         quantizations = [getattr(layer.self_attn, "quantization", None) for layer in model.model.layers]
         first: AttentionQuantization | None = quantizations[0]
         self.int4, self.symmetric = first is not None and first.kv is not None, first is not None and first.symmetric
@@ -324,8 +357,11 @@ class FusedModel:
         return self._angles
 
     def _logits(self, x: Tensor, h: Tensor) -> Tensor:
-        norm = self.model.model.norm
-        return self.model.lm_head(F.rms_norm(x + h, norm.weight.shape, norm.weight, norm.variance_epsilon))
+        norm, head = self.model.model.norm, self.model.lm_head
+        if isinstance(head, KernelHead) and head.quantize_inputs:
+            codes, scale, _ = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, h)  # type: ignore[misc]
+            return head.product((codes, scale), x.dtype)
+        return head(F.rms_norm(x + h, norm.weight.shape, norm.weight, norm.variance_epsilon))
 
     def _run(self, x: Tensor, store: KVStore, attention: Any, **options: Any) -> tuple[Tensor, Tensor]:
         cos, sin = self.angles(store.capacity)

@@ -1,6 +1,7 @@
 """INT4 weights with FP8 activations, and the INT4 key/value cache."""
 
 from kit.kernels.int4_fp8.linear import (
+    fp8_linear,
     int4_fp8_linear,
     int4_fp8_swiglu,
     quantize_fp8,
@@ -29,6 +30,7 @@ __all__ = [
     "dequantize_kv",
     "dequantize_weight",
     "dequantized_linear",
+    "fp8_linear",
     "hadamard",
     "int4_fp8_linear",
     "int4_fp8_swiglu",

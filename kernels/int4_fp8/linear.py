@@ -20,17 +20,18 @@ from kit.kernels.int4_fp8.packing import PackedInt4
 from kit.kernels.int4_fp8.reference import FP8, quantize_activations
 
 try:
-    from kit.kernels.int4_fp8.linear_launch import MAX_WIDTH
+    from kit.kernels.int4_fp8.linear_launch import FEW, MAX_WIDTH
     from kit.kernels.int4_fp8.linear_launch import expand as gpu_expand
     from kit.kernels.int4_fp8.linear_launch import gated as gpu_gated
     from kit.kernels.int4_fp8.linear_launch import linear as gpu_linear
+    from kit.kernels.int4_fp8.linear_launch import linear_fp8 as gpu_linear_fp8
     from kit.kernels.int4_fp8.linear_launch import norm_quantize as gpu_norm_quantize
     from kit.kernels.int4_fp8.linear_launch import quantize as gpu_quantize
     from kit.kernels.int4_fp8.linear_launch import swiglu_quantize as gpu_swiglu_quantize
 
     HAS_TRITON = True
 except ImportError:
-    HAS_TRITON, MAX_WIDTH = False, 0
+    HAS_TRITON, FEW, MAX_WIDTH = False, 0, 0
 
 EXPANDED_FROM = 2048  # tokens that make up for writing the weight out in FP8
 NAMESPACE = f"kit_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
@@ -79,6 +80,20 @@ def int4_fp8_linear(
         codes, scale, weight.codes, weight.scales, weight.zeros, weight.out_features, weight.in_features, bias, dtype,
         exact,
     )  # fmt: skip
+
+
+def fp8_linear(x: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Y = X Wᵀ, both in FP8, X with a scale a token and W a scale a row: up to 8 tokens our kernel, then cuBLAS.
+
+    Args:
+        x: (..., K) e4m3 and (...,) fp32.
+        weight: (N, K) e4m3.
+        scale: (N,) fp32 or 16 bits.
+
+    Returns:
+        (..., N) in `dtype`.
+    """
+    return _linear_fp8(*x, weight, scale, dtype)
 
 
 def int4_fp8_swiglu(
@@ -197,6 +212,26 @@ def _expanded(x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | Non
 @_linear.register_fake
 def _(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact):
     return codes.new_empty(*codes.shape[:-1], outputs, dtype=dtype)
+
+
+@_operation
+def _linear_fp8(codes: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    rows, by_row = _rows(codes), x_scale.reshape(-1).contiguous()
+    outputs, inputs = weight.shape
+    if _on_kernels(codes, 0) and (len(rows) <= FEW or outputs % 16 == inputs % 16 == 0):
+        with torch.cuda.device_of(codes):
+            if len(rows) <= FEW:
+                y = gpu_linear_fp8(rows, by_row, weight, scale, dtype)
+            else:
+                units = by_row[:, None], scale.float()[None]
+                y = torch._scaled_mm(rows, weight.T, *units, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
+        return y.view(*codes.shape[:-1], outputs)
+    return (F.linear(codes.float(), weight.float() * scale.float()[:, None]) * x_scale[..., None]).to(dtype)
+
+
+@_linear_fp8.register_fake
+def _(codes, x_scale, weight, scale, dtype):
+    return codes.new_empty(*codes.shape[:-1], len(weight), dtype=dtype)
 
 
 @_operation

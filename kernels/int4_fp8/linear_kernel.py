@@ -331,6 +331,50 @@ def few_tokens(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def few_tokens_fp8(
+    x,
+    x_scale,
+    weight,
+    scales,
+    out,
+    num_tokens,
+    num_inputs,
+    num_outputs,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Y (M, N) for M <= BM and a weight in FP8, bound by reading it. Grid (N / BN,).
+
+    As `few_tokens`, each of STEP warps multiplies BK inputs of its own, with exact fp16 operands.
+
+    Args:
+        x: (M, K) e4m3 bytes, and x_scale (M,) fp32.
+        weight: (N, K) e4m3 bytes, and scales (N,).
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.arange(0, BM)
+    inside = rows < num_outputs
+    k = (tl.arange(0, STEP) * BK)[:, None] + tl.arange(0, BK)[None, :]
+    at = weight + rows.to(tl.int64)[None, :, None] * num_inputs + k[:, None, :]
+    x_at = x + (tokens * num_inputs)[None, :, None] + k[:, None, :]
+    acc = tl.zeros([STEP, BN, BM], tl.float32)
+    scale = tl.load(scales + rows, mask=inside, other=0.0).to(tl.float32)
+    wait_for_others(PLAIN)
+    for start in tl.range(0, num_inputs, STEP * BK, num_stages=STAGES):
+        there = (start + k < num_inputs)[:, None, :]
+        codes = tl.load(at + start, mask=there & inside[None, :, None], other=0)
+        values = tl.load(x_at + start, mask=there & (tokens < num_tokens)[None, :, None], other=0)
+        left, right = inputs_fp16(codes, PLAIN), inputs_fp16(values, PLAIN)
+        acc = tl.dot(left, right.permute(0, 2, 1), acc, input_precision="ieee")
+    total = tl.sum(acc, 0) * scale[:, None]
+    store_rows(total, x_scale, scales, out, rows, tokens, num_tokens, num_outputs, False)
+
+
 @triton.jit
 def many_part(
     x,

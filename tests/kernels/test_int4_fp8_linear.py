@@ -13,6 +13,7 @@ from kit.kernels import counters
 from kit.kernels.int4_fp8 import (
     PackedInt4,
     dequantize_weight,
+    fp8_linear,
     int4_fp8_linear,
     prepack,
     quantize_fp8,
@@ -282,6 +283,21 @@ def test_swiglu_is_left_to_another_launch_where_programs_cannot_pair_outputs():
     assert linear_launch.gated(*linear_launch.quantize(inputs_of(1, 256)), packed, None, torch.float32) is None
     packed, _ = weight(2 * 64, 256, 128, False)
     assert linear_launch.gated(*linear_launch.quantize(inputs_of(20, 256)), packed, None, torch.float32) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 128), (100, 576), (33, 1000)])
+def test_a_weight_in_fp8_is_the_formula(outputs, inputs, tokens):
+    g = generator(0)
+    codes = torch.randn(outputs, inputs, generator=g).to(torch.float8_e4m3fn)
+    scale = torch.rand(outputs, generator=g).bfloat16()
+    x = inputs_of(tokens, inputs)
+    expected = product(x, codes.double() * scale.double()[:, None])
+    close(fp8_linear(linear_launch.quantize(x), codes.to(DEVICE), scale.to(DEVICE), torch.float32), expected)
+    if tokens <= linear_launch.FEW:
+        given = (*linear_launch.quantize(x), codes.to(DEVICE), scale.to(DEVICE))
+        close(linear_launch.linear_fp8(*given, torch.float32), expected)
+        assert torch.equal(linear_launch.linear_fp8(*given, NARROW), linear_launch.linear_fp8(*given, NARROW))
 
 
 # ---- dispatch

@@ -8,10 +8,11 @@ import torch
 from transformers import DynamicCache
 
 from kit.convert.checkpoint import on_kernels
+from kit.convert.formats import FP8, FP8_TOKENS, WeightFormat
 from kit.convert.shapes import CACHE, LINEARS, random_model
 from kit.kernels.int4_fp8 import pack_int4, shaping_factor
 from kit.modules import accelerated
-from kit.modules.accelerated import FusedCache, KernelLinear, enable_kernels, left_padding, unsupported
+from kit.modules.accelerated import FusedCache, KernelHead, KernelLinear, enable_kernels, left_padding, unsupported
 from kit.modules.cache import cache_argument
 from kit.modules.quantized import AttentionQuantization, QuantizedLinear, switched_off
 
@@ -35,7 +36,9 @@ OF_FAMILY = {"mistral": {"sliding_window": 24}, "qwen2": {}, "qwen3": {}, "llama
 def make(monkeypatch):
     """A function that makes a quantized model of random weights; the same one for the same arguments."""
 
-    def build(family="llama", dtype=torch.float32, *, seed=0, window=8, kv=True, zeros=False, change=None, **cache):
+    def build(
+        family="llama", dtype=torch.float32, *, seed=0, window=8, kv=True, zeros=False, head=False, change=None, **cache
+    ):
         options = CACHE | {"window": window} | cache
 
         def quantization(config, random=accelerated_quantization):
@@ -43,6 +46,10 @@ def make(monkeypatch):
             found["kit"] = options  # CACHE itself is shared
             if not kv:
                 found["kv_cache_scheme"] = None
+            if head:
+                first = {"format": FP8, "targets": ["lm_head"], "weights": WeightFormat(8).arguments()}
+                first |= {"input_activations": FP8_TOKENS, "output_activations": None}
+                found |= {"ignore": [], "config_groups": {"head": first} | found["config_groups"]}
             if zeros:
                 for group in found["config_groups"].values():
                     group["weights"]["symmetric"] = False
@@ -57,7 +64,9 @@ def make(monkeypatch):
                 module.weight_scale.copy_(torch.rand(module.weight_scale.shape, generator=g) * 0.03 + 0.01)
                 if module.bias is not None:
                     module.bias.copy_(torch.randn(module.bias.shape, generator=g))
-                if zeros:
+                if not module.int4:
+                    module.weight.copy_(torch.randn(module.weight.shape, generator=g).to(torch.float8_e4m3fn))
+                elif zeros:
                     shape = module.out_features, module.weight_scale.shape[1]
                     module.weight_zero_point.copy_(pack_int4(torch.randint(-8, 8, shape, generator=g).T).T)
             if isinstance(module, AttentionQuantization):
@@ -107,6 +116,7 @@ VARIANTS = {
     "no window, scales after RoPE": {"window": 0, "post_rope": True, "shape": False},
     "16-bit cache": {"kv": False},
     "a window of all": {"window": 128},
+    "output head in FP8": {"head": True},
     "16-bit queries": {"query": None},
     "tied embeddings, one key head": {"change": {"tie_word_embeddings": True, "num_key_value_heads": 1}},
     "heads that lie at no tile": {"change": {"head_dim": 16}},
@@ -317,6 +327,11 @@ def test_every_linear_of_a_layer_is_replaced(make):
     model = enable_kernels(make(), "reference")
     names = {n.partition("layers.0.")[2] for n, m in model.named_modules() if isinstance(m, KernelLinear)}
     assert names - {""} == set(LINEARS)
+
+
+def test_a_head_in_fp8_is_replaced(make):
+    assert isinstance(enable_kernels(make(head=True), "reference").lm_head, KernelHead)
+    assert not isinstance(enable_kernels(make(), "reference").lm_head, KernelHead)
 
 
 def test_loading_onto_a_cpu_changes_nothing_and_says_nothing(make):
