@@ -127,8 +127,11 @@ def _targets(names: list[str], all_names: list[str]) -> list[str]:
     mine: dict[str, list[str]] = {}
     for name in names:
         mine.setdefault(kind(name), []).append(name)
+    alone = {pattern for pattern, found in mine.items() if "." not in found[0]}  # lm_head: no pattern expects it
     return [
-        target for pattern, found in mine.items() for target in ([pattern] if len(found) == every[pattern] else found)
+        target
+        for pattern, found in mine.items()
+        for target in ([pattern] if len(found) == every[pattern] and pattern not in alone else found)
     ]
 
 
@@ -172,6 +175,8 @@ def refusals(
             reasons.append("rotation or scaling of keys at run time is no standard: the checkpoint needs its own code")
     if config["kv_cache_scheme"] is not None:
         found["vllm"].append("its kv_cache_scheme takes 8-bit floats only (use --set kv.bits=null)")
+    if "lm_head" not in config["ignore"]:
+        found["vllm"].append("a quantized output head was never tried with it (leave head out)")
     layers: dict[str, set[WeightFormat | None]] = {}
     for name, form in (formats or {}).items():
         if len(layer := name.split(".experts.")) == 2:
