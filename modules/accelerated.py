@@ -21,13 +21,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kit.kernels.int4_fp8 import (
     PackedInt4,
-    fp8_linear,
     int4_fp8_linear,
     int4_fp8_swiglu,
+    int8_linear,
     prepack,
     quantize_fp8,
     rms_norm_quantize,
     unpack_int4,
+    unpack_int8,
 )
 from kit.kernels.int4_fp8.attention import (
     KVStore,
@@ -95,7 +96,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class KernelHead(QuantizedLinear):
-    """An output head in FP8, on a kernel.
+    """An output head in INT8, on a kernel.
 
     Args:
         linear: what it replaces.
@@ -103,25 +104,21 @@ class KernelHead(QuantizedLinear):
 
     def __init__(self, linear: QuantizedLinear) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update({k: v for k, v in linear.__dict__.items() if not k.startswith("_")})
-        self._dense = self._codes = None
-        self.weight = nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
-        self.weight_scale, self.bias = linear.weight_scale, None
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.fp8_inputs = self.int4 = False
+        self.int8 = self.quantize_inputs = True
+        self.register_buffer("codes", unpack_int8(linear.weight_packed, linear.in_features).contiguous())
+        self.weight_scale, self.bias = linear.weight_scale, linear.bias
 
-    @staticmethod
-    def takes(head: nn.Module) -> bool:
-        """Whether this can replace a head."""
-        return isinstance(head, QuantizedLinear) and not head.int4 and head.fp8_inputs and head.bias is None
-
-    def product(self, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        """(..., K), quantized, -> (..., N) in `dtype`."""
-        return fp8_linear(x, self.weight, self.weight_scale[:, 0], dtype)
+    def dequantize(self) -> Tensor:
+        """Return the weight, (N, K) fp32."""
+        return self.codes.float() * self.weight_scale.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if not self.quantize_inputs or (torch.is_grad_enabled() and x.requires_grad):
-            return super().forward(x)
-        return self.product(quantize_fp8(x), x.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x.float(), self.dequantize()).to(x.dtype)
+        return int8_linear(x, self.codes, self.weight_scale[:, 0])
 
 
 class Product:
@@ -321,7 +318,7 @@ class FusedModel:
         self.model, self.backend = model, backend
         config = self.config = model.config.get_text_config(decoder=True)
         self.layers = [FusedLayer(layer, config, exact) for layer in model.model.layers]
-        if KernelHead.takes(model.lm_head):
+        if getattr(model.lm_head, "int8", False) and model.lm_head.bias is None:
             model.lm_head = KernelHead(model.lm_head)
         quantizations = [getattr(layer.self_attn, "quantization", None) for layer in model.model.layers]
         first: AttentionQuantization | None = quantizations[0]
@@ -357,11 +354,8 @@ class FusedModel:
         return self._angles
 
     def _logits(self, x: Tensor, h: Tensor) -> Tensor:
-        norm, head = self.model.model.norm, self.model.lm_head
-        if isinstance(head, KernelHead) and head.quantize_inputs:
-            codes, scale, _ = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, h)  # type: ignore[misc]
-            return head.product((codes, scale), x.dtype)
-        return head(F.rms_norm(x + h, norm.weight.shape, norm.weight, norm.variance_epsilon))
+        norm = self.model.model.norm
+        return self.model.lm_head(F.rms_norm(x + h, norm.weight.shape, norm.weight, norm.variance_epsilon))
 
     def _run(self, x: Tensor, store: KVStore, attention: Any, **options: Any) -> tuple[Tensor, Tensor]:
         cos, sin = self.angles(store.capacity)

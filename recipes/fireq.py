@@ -12,7 +12,7 @@ The method moves outliers to where the number formats can hold them, at no cost 
      into each other; after RoPE, opt-in, the largest channels too;
    - rounding: clipping search, GPTQ with the FP8 rounding of the inputs in its second moment, then in turn scales
      fitted to codes and coordinate descent over codes.
-4. `round_head` (opt-in): the output head in FP8.
+4. `round_head` (opt-in): the output head in INT8.
 5. `tune` (opt-in): scales and norm gains trained on the whole model.
 """
 
@@ -139,8 +139,8 @@ class FireqConfig(RecipeConfig):
     )
     kv: KvConfig = Field(default_factory=KvConfig, description="The cache of keys and values.")
     query: Literal["fp8"] | None = Field("fp8", description="Round queries to FP8; null keeps them in 16 bits.")
-    head: Literal["fp8"] | None = Field(
-        None, description="Round the output head and its inputs to FP8 too; it is untied from the embedding."
+    head: Literal["int8"] | None = Field(
+        None, description="Round the output head to INT8, its inputs in 16 bits; it is untied from the embedding."
     )
     ignore: list[str] = Field(
         default_factory=list, description="Linears that stay as they are: names, or regular expressions behind re:."
@@ -167,8 +167,6 @@ class FireqConfig(RecipeConfig):
     def _fits_together(self) -> FireqConfig:
         if self.bits_budget is not None and (self.scheme == "FP8" or self.rotate_residual):
             raise ValueError("bits_budget goes with INT4 schemes and without rotate_residual")
-        if self.head and self.scheme == "W4A16":
-            raise ValueError("head goes with schemes whose inputs are FP8: W4AFP8 and FP8")
         if self.fp8_scales and (self.zero_point or self.scheme != "W4AFP8"):
             raise ValueError("fp8_scales goes with scheme W4AFP8 and without zero_point")
         return self
@@ -326,7 +324,7 @@ class Fireq(Recipe):
             items.append(PlanItem("cache", f"INT4 {kind}, a scale a token and head, two numbers a byte{latest}"))
         if self.config.head:
             untied = f"; untying it adds {self._head_size(model) / 1e6:,.1f} MB" if self._head_size(model) else ""
-            items.append(PlanItem("head", f"FP8 per channel{untied}"))
+            items.append(PlanItem("head", f"{self._head_format()['lm_head']}, 16-bit inputs{untied}"))
         if self.config.rotate_residual:
             items.append(PlanItem("rotation", self._rotation_cost(model)))
         every = dict.fromkeys(self._linears(model)) | formats
@@ -515,7 +513,7 @@ class Fireq(Recipe):
         return self.config.rotate_residual or self.config.head is not None
 
     def _head_format(self) -> dict[str, WeightFormat]:
-        return {"lm_head": WeightFormat(8)} if self.config.head else {}
+        return {"lm_head": WeightFormat(8, integer=True)} if self.config.head else {}
 
     def _head_size(self, model: ModelFacts) -> int:
         """Numbers that untying the head adds."""
@@ -660,19 +658,25 @@ class Fireq(Recipe):
 
     @prepare_stage
     def round_head(self, view: TensorView) -> dict[str, Any]:
-        """Round the output head to FP8, one scale a token of the vocabulary; the embedding stays as it is."""
+        """Round the output head to INT8, one scale a token of the vocabulary; the embedding stays as it is."""
         import torch
 
+        from kit.kernels.int4_fp8 import pack_int8
+
         weight = view.read("lm_head.weight" if "lm_head.weight" in view else "model.embed_tokens.weight")
-        parts = [_to_fp8(part.float()) for part in weight.split(HEAD_ROWS)]
-        codes, scale = (torch.cat(x) for x in zip(*parts, strict=True))
-        lost = sum(
-            float((code.float() * unit - part.float()).square().sum())
-            for (code, unit), part in zip(parts, weight.split(HEAD_ROWS), strict=True)
-        )
-        power = sum(float(part.float().square().sum()) for part in weight.split(HEAD_ROWS))
-        view.write("lm_head.weight", codes)
-        view.write("lm_head.weight_scale", scale)
+        packed, scales, lost, power = [], [], 0.0, 0.0
+        for part in weight.split(HEAD_ROWS):
+            part = part.float()
+            scale = (part.abs().amax(1, keepdim=True) / 127).to(torch.bfloat16).float()
+            scale = torch.where(scale == 0, 1.0, scale)
+            codes = (part / scale).round().clamp(-128, 127)
+            packed.append(pack_int8(codes.to(torch.int8)))
+            scales.append(scale)
+            lost += float((codes * scale - part).square().sum())
+            power += float(part.square().sum())
+        view.write("lm_head.weight_packed", torch.cat(packed))
+        view.write("lm_head.weight_scale", torch.cat(scales))
+        view.write("lm_head.weight_shape", torch.tensor(weight.shape))
         return {"lm_head": lost / max(power, 1e-30)}
 
     @train_stage
@@ -1017,7 +1021,7 @@ class Fireq(Recipe):
             output_error,
             round_to_nearest,
         )
-        from kit.kernels.int4_fp8 import pack_int4
+        from kit.kernels.int4_fp8 import cast_fp8, pack_int4
         from kit.modules.quantized import QuantizedLinear
 
         weight = linear.weight.float()
@@ -1033,8 +1037,9 @@ class Fireq(Recipe):
             made.bias.copy_(linear.bias)
         second = torch.eye(len(weight[0]), device=weight.device) if moment is None else moment.second
         if form.bits == 8:
-            codes, scale = _to_fp8(weight)
-            made.weight.copy_(codes)
+            scale = (weight.abs().amax(1, keepdim=True) / 448).to(torch.bfloat16).float()
+            scale = torch.where(scale == 0, 1.0, scale)
+            made.weight.copy_(cast_fp8(weight / scale))
             made.weight_scale.copy_(scale)
             return made, output_error(weight, made.dequantize(), second)
         options = self.config.gptq
@@ -1256,14 +1261,3 @@ def _check_finite(layer: Layer) -> None:
                 where=f"model.layers.{layer.index}.{name}",
                 next_step="download the checkpoint again, or ask its authors",
             )
-
-
-def _to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) fp32 in e4m3, and its scale a row (N, 1), a bf16 number in fp32."""
-    import torch
-
-    from kit.kernels.int4_fp8 import cast_fp8
-
-    scale = (weight.abs().amax(1, keepdim=True) / 448).to(torch.bfloat16).float()
-    scale = torch.where(scale == 0, 1.0, scale)
-    return cast_fp8(weight / scale), scale

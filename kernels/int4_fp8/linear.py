@@ -24,7 +24,7 @@ try:
     from kit.kernels.int4_fp8.linear_launch import expand as gpu_expand
     from kit.kernels.int4_fp8.linear_launch import gated as gpu_gated
     from kit.kernels.int4_fp8.linear_launch import linear as gpu_linear
-    from kit.kernels.int4_fp8.linear_launch import linear_fp8 as gpu_linear_fp8
+    from kit.kernels.int4_fp8.linear_launch import linear_int8 as gpu_linear_int8
     from kit.kernels.int4_fp8.linear_launch import norm_quantize as gpu_norm_quantize
     from kit.kernels.int4_fp8.linear_launch import quantize as gpu_quantize
     from kit.kernels.int4_fp8.linear_launch import swiglu_quantize as gpu_swiglu_quantize
@@ -34,6 +34,7 @@ except ImportError:
     HAS_TRITON, FEW, MAX_WIDTH = False, 0, 0
 
 EXPANDED_FROM = 2048  # tokens that make up for writing the weight out in FP8
+EXPANDED_ROWS = 8192  # of a weight in INT8, in 16 bits at a time
 NAMESPACE = f"kit_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
 
 
@@ -82,18 +83,18 @@ def int4_fp8_linear(
     )  # fmt: skip
 
 
-def fp8_linear(x: tuple[Tensor, Tensor], weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Y = X Wᵀ, both in FP8, X with a scale a token and W a scale a row: up to 8 tokens our kernel, then cuBLAS.
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Y = X Wᵀ, W in INT8 with a scale a row: up to 16 tokens in bf16 on our kernel, else in x's dtype by parts of W.
 
     Args:
-        x: (..., K) e4m3 and (...,) fp32.
-        weight: (N, K) e4m3.
-        scale: (N,) fp32 or 16 bits.
+        x: (..., K).
+        codes: (N, K) int8.
+        scale: (N,).
 
     Returns:
-        (..., N) in `dtype`.
+        (..., N) in x's dtype.
     """
-    return _linear_fp8(*x, weight, scale, dtype)
+    return _linear_int8(x, codes, scale)
 
 
 def int4_fp8_swiglu(
@@ -215,23 +216,21 @@ def _(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, e
 
 
 @_operation
-def _linear_fp8(codes: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    rows, by_row = _rows(codes), x_scale.reshape(-1).contiguous()
-    outputs, inputs = weight.shape
-    if _on_kernels(codes, 0) and (len(rows) <= FEW or outputs % 16 == inputs % 16 == 0):
-        with torch.cuda.device_of(codes):
-            if len(rows) <= FEW:
-                y = gpu_linear_fp8(rows, by_row, weight, scale, dtype)
-            else:
-                units = by_row[:, None], scale.float()[None]
-                y = torch._scaled_mm(rows, weight.T, *units, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
-        return y.view(*codes.shape[:-1], outputs)
-    return (F.linear(codes.float(), weight.float() * scale.float()[:, None]) * x_scale[..., None]).to(dtype)
+def _linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    rows = _rows(x)
+    if _on_kernels(x, 0) and x.dtype == torch.bfloat16 and len(rows) <= 2 * FEW:
+        with torch.cuda.device_of(x):
+            return gpu_linear_int8(rows, codes, scale).view(*x.shape[:-1], len(codes))
+    y = x.new_empty(*x.shape[:-1], len(codes))
+    for first in range(0, len(codes), EXPANDED_ROWS):
+        part = slice(first, first + EXPANDED_ROWS)
+        y[..., part] = F.linear(x, codes[part].to(x.dtype)) * scale[part]
+    return y
 
 
-@_linear_fp8.register_fake
-def _(codes, x_scale, weight, scale, dtype):
-    return codes.new_empty(*codes.shape[:-1], len(weight), dtype=dtype)
+@_linear_int8.register_fake
+def _(x, codes, scale):
+    return x.new_empty(*x.shape[:-1], len(codes))
 
 
 @_operation

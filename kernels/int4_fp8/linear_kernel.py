@@ -66,6 +66,18 @@ TO_FP8 = tl.constexpr("""{
     lop3.b32 plus, plus, 0x81818181, 0, 0x0c;
     add.u32 $1, bits, plus;
 }""")
+# Four int8 -> bf16. 0x43 over seven bits n is the bf16 number 128 + n, and over a sign bit alone 128 or 256.
+BYTES_TO_BF16 = tl.constexpr("""{
+    .reg .b32 low, sign, first, second;
+    and.b32 low, $2, 0x7f7f7f7f;
+    and.b32 sign, $2, 0x80808080;
+    prmt.b32 first, low, 0x43434343, 0x4140;
+    prmt.b32 second, sign, 0x43434343, 0x4140;
+    sub.rn.bf16x2 $0, first, second;
+    prmt.b32 first, low, 0x43434343, 0x4342;
+    prmt.b32 second, sign, 0x43434343, 0x4342;
+    sub.rn.bf16x2 $1, first, second;
+}""")
 FP8_UNIT = tl.constexpr(512.0)  # what codes in e4m3 were divided by
 
 ASK = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
@@ -331,11 +343,18 @@ def few_tokens(
     )  # fmt: skip
 
 
+@triton.jit
+def bytes_bf16(words, PLAIN: tl.constexpr):
+    """int8 -> bf16."""
+    if PLAIN:
+        return words.to(tl.float32)
+    return tl.inline_asm_elementwise(BYTES_TO_BF16, "=r,=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
-def few_tokens_fp8(
+def few_tokens_int8(
     x,
-    x_scale,
-    weight,
+    codes,
     scales,
     out,
     num_tokens,
@@ -348,31 +367,33 @@ def few_tokens_fp8(
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Y (M, N) for M <= BM and a weight in FP8, bound by reading it. Grid (N / BN,).
+    """Y (M, N) for M <= BM, inputs of 16 bits and a weight in INT8, bound by reading it. Grid (N / BN,).
 
-    As `few_tokens`, each of STEP warps multiplies BK inputs of its own, with exact fp16 operands.
+    As in `few_tokens`, each of STEP warps multiplies BK inputs of its own; bf16 holds codes as they are.
 
     Args:
-        x: (M, K) e4m3 bytes, and x_scale (M,) fp32.
-        weight: (N, K) e4m3 bytes, and scales (N,).
+        x: (M, K) bf16.
+        codes: (N, K) int8, and scales (N,).
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.arange(0, BM)
     inside = rows < num_outputs
     k = (tl.arange(0, STEP) * BK)[:, None] + tl.arange(0, BK)[None, :]
-    at = weight + rows.to(tl.int64)[None, :, None] * num_inputs + k[:, None, :]
+    at = codes + rows.to(tl.int64)[None, :, None] * num_inputs + k[:, None, :]
     x_at = x + (tokens * num_inputs)[None, :, None] + k[:, None, :]
     acc = tl.zeros([STEP, BN, BM], tl.float32)
     scale = tl.load(scales + rows, mask=inside, other=0.0).to(tl.float32)
     wait_for_others(PLAIN)
     for start in tl.range(0, num_inputs, STEP * BK, num_stages=STAGES):
         there = (start + k < num_inputs)[:, None, :]
-        codes = tl.load(at + start, mask=there & inside[None, :, None], other=0)
-        values = tl.load(x_at + start, mask=there & (tokens < num_tokens)[None, :, None], other=0)
-        left, right = inputs_fp16(codes, PLAIN), inputs_fp16(values, PLAIN)
-        acc = tl.dot(left, right.permute(0, 2, 1), acc, input_precision="ieee")
+        words = tl.load(at + start, mask=there & inside[None, :, None], other=0)
+        values = tl.load(x_at + start, mask=there & (tokens < num_tokens)[None, :, None], other=0.0)
+        if PLAIN:
+            values = values.to(tl.float32)
+        acc = tl.dot(bytes_bf16(words, PLAIN), values.permute(0, 2, 1), acc, input_precision="ieee")
     total = tl.sum(acc, 0) * scale[:, None]
-    store_rows(total, x_scale, scales, out, rows, tokens, num_tokens, num_outputs, False)
+    ok = inside[:, None] & (tokens < num_tokens)[None, :]
+    tl.store(out + tokens[None, :] * num_outputs + rows[:, None], total.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit

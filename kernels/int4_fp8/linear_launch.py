@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kit.kernels.counters import counters_of
-from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, few_tokens_fp8, group_sums, many_tokens, triton
+from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, few_tokens_int8, group_sums, many_tokens, triton
 from kit.kernels.int4_fp8.packing import TILE, PackedInt4
 from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_parts, quantize_rows, swiglu_rows
 from kit.kernels.int4_fp8.reference import FP8
@@ -189,12 +189,12 @@ def _product(
     return y, peaks
 
 
-def linear_fp8(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Y (M, N) of up to FEW tokens, x (M, K) e4m3, and a weight (N, K) e4m3 with a scale a row; all contiguous."""
-    y = torch.empty(len(x), len(weight), dtype=dtype, device=x.device)
-    few_tokens_fp8[(triton.cdiv(len(weight), 16),)](
-        x.view(torch.uint8), x_scale, weight.view(torch.uint8), scale, y, len(x), x.shape[1], len(weight), BM=FEW,
-        BN=16, BK=128, STEP=4, STAGES=4, PLAIN=not x.is_cuda, num_warps=4, launch_pdl=x.is_cuda,
+def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Y (M, N) of at most 2 FEW tokens x (M, K) and a weight of codes (N, K) int8 and scales (N,); all contiguous."""
+    y = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+    few_tokens_int8[(triton.cdiv(len(codes), 16),)](
+        x, codes, scale, y, len(x), x.shape[1], len(codes), BM=FEW if len(x) <= FEW else 2 * FEW, BN=16, BK=128,
+        STEP=4, STAGES=4, PLAIN=not x.is_cuda, num_warps=4, launch_pdl=x.is_cuda,
     )  # fmt: skip
     return y
 

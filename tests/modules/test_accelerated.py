@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from kit.convert.checkpoint import on_kernels
-from kit.convert.formats import FP8, FP8_TOKENS, WeightFormat
+from kit.convert.formats import PACKED, WeightFormat
 from kit.convert.shapes import CACHE, LINEARS, random_model
 from kit.kernels.int4_fp8 import pack_int4, shaping_factor
 from kit.modules import accelerated
@@ -47,8 +47,8 @@ def make(monkeypatch):
             if not kv:
                 found["kv_cache_scheme"] = None
             if head:
-                first = {"format": FP8, "targets": ["lm_head"], "weights": WeightFormat(8).arguments()}
-                first |= {"input_activations": FP8_TOKENS, "output_activations": None}
+                first = {"format": PACKED, "targets": ["lm_head"], "weights": WeightFormat(8, integer=True).arguments()}
+                first |= {"input_activations": None, "output_activations": None}
                 found |= {"ignore": [], "config_groups": {"head": first} | found["config_groups"]}
             if zeros:
                 for group in found["config_groups"].values():
@@ -64,9 +64,7 @@ def make(monkeypatch):
                 module.weight_scale.copy_(torch.rand(module.weight_scale.shape, generator=g) * 0.03 + 0.01)
                 if module.bias is not None:
                     module.bias.copy_(torch.randn(module.bias.shape, generator=g))
-                if not module.int4:
-                    module.weight.copy_(torch.randn(module.weight.shape, generator=g).to(torch.float8_e4m3fn))
-                elif zeros:
+                if zeros:
                     shape = module.out_features, module.weight_scale.shape[1]
                     module.weight_zero_point.copy_(pack_int4(torch.randint(-8, 8, shape, generator=g).T).T)
             if isinstance(module, AttentionQuantization):
@@ -116,7 +114,7 @@ VARIANTS = {
     "no window, scales after RoPE": {"window": 0, "post_rope": True, "shape": False},
     "16-bit cache": {"kv": False},
     "a window of all": {"window": 128},
-    "output head in FP8": {"head": True},
+    "output head in INT8": {"head": True},
     "16-bit queries": {"query": None},
     "tied embeddings, one key head": {"change": {"tie_word_embeddings": True, "num_key_value_heads": 1}},
     "heads that lie at no tile": {"change": {"head_dim": 16}},
@@ -329,7 +327,7 @@ def test_every_linear_of_a_layer_is_replaced(make):
     assert names - {""} == set(LINEARS)
 
 
-def test_a_head_in_fp8_is_replaced(make):
+def test_a_head_in_int8_is_replaced(make):
     assert isinstance(enable_kernels(make(head=True), "reference").lm_head, KernelHead)
     assert not isinstance(enable_kernels(make(), "reference").lm_head, KernelHead)
 
