@@ -203,8 +203,10 @@ def cut(pairs: int, capacity: int, window: int, dim: int) -> tuple[int, int, int
     Blocks are of 64 tokens as long as a program gets one at most: with 128 each takes longer.
     """
     coded, programs = max(capacity - window, 0), max(PROGRAMS // pairs, 1)
+    near = min(triton.cdiv(window, NEAR_KEYS), programs)
+    programs = max(programs - near, 1)  # all run at a time: a few that come after the others would double the time
     block = 128 if dim == 128 and coded > 64 * programs else 64
-    return block, min(triton.cdiv(coded, block), programs), min(triton.cdiv(window, NEAR_KEYS), programs)
+    return block, min(triton.cdiv(coded, block), programs), near
 
 
 @torch.library.custom_op("kit_int4_attention::decode", mutates_args=("arrivals",))
