@@ -18,7 +18,7 @@ FP8_MIN_SUBNORMAL = 2.0**-9
 INT4_MIN, INT4_MAX = -8, 7
 
 
-# ---- INT4, eight in an int32
+# ---- INT4, eight in an int32; INT8, four
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -33,9 +33,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     Returns:
         (..., ceil(K / 8)), int32.
     """
-    unsigned = F.pad(codes.to(torch.int64) - INT4_MIN, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    words = (unsigned << (4 * torch.arange(8, device=codes.device))).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return _pack(codes, 4)
 
 
 def unpack_int4(packed: Tensor, size: int) -> Tensor:
@@ -43,6 +41,23 @@ def unpack_int4(packed: Tensor, size: int) -> Tensor:
     shifts = 4 * torch.arange(8, device=packed.device, dtype=torch.int32)
     nibbles = ((packed[..., None] >> shifts) & 15).to(torch.int8)
     return nibbles.flatten(-2)[..., :size] + INT4_MIN
+
+
+def pack_int8(codes: Tensor) -> Tensor:
+    """The same of codes in [-128, 127], four in a word: (..., K) -> (..., ceil(K / 4)) int32."""
+    return _pack(codes, 8)
+
+
+def unpack_int8(packed: Tensor, size: int) -> Tensor:
+    """Undo `pack_int8`: (..., ceil(size / 4)) int32 -> (..., size) int8."""
+    return (packed.contiguous().view(torch.uint8) ^ 128).view(torch.int8)[..., :size]
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    each = 32 // bits
+    unsigned = F.pad(codes.to(torch.int64) + 2 ** (bits - 1), (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    words = (unsigned << (bits * torch.arange(each, device=codes.device))).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 # ---- weights

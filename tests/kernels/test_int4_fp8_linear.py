@@ -14,6 +14,7 @@ from kit.kernels.int4_fp8 import (
     PackedInt4,
     dequantize_weight,
     int4_fp8_linear,
+    int8_linear,
     prepack,
     quantize_fp8,
     rms_norm_quantize,
@@ -280,6 +281,42 @@ def test_swiglu_and_quantize(width, dtype):
     codes, scale = linear_launch.swiglu_quantize(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     same_but_for_ties(codes, scale, (gate.double() / (1 + (-gate.double()).exp())).to(dtype) * up)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(
+    ("width", "inputs", "size", "zeros"), [(64, 256, 128, False), (72, 192, 64, True), (8, 2112, 32, False)]
+)
+def test_swiglu_where_the_product_is_has_the_same_bits(width, inputs, size, zeros, tokens):
+    packed, _ = weight(2 * width, inputs, size, zeros, magnitude=0.1)
+    bias = torch.randn(2 * width, generator=generator(2)).to(DEVICE)
+    x = linear_launch.quantize(inputs_of(tokens, inputs))
+    for dtype in (torch.float32, NARROW):
+        codes, scale = linear_launch.gated(*x, packed, bias, dtype)
+        expected, expected_scale = linear_launch.swiglu_quantize(linear_launch.linear(*x, packed, bias, dtype))
+        assert torch.equal(codes.view(BITS), expected.view(BITS))
+        assert torch.equal(scale, expected_scale)
+
+
+def test_swiglu_is_left_to_another_launch_where_programs_cannot_pair_outputs():
+    packed, _ = weight(2 * 36, 256, 128, False)
+    assert linear_launch.gated(*linear_launch.quantize(inputs_of(1, 256)), packed, None, torch.float32) is None
+    packed, _ = weight(2 * 64, 256, 128, False)
+    assert linear_launch.gated(*linear_launch.quantize(inputs_of(20, 256)), packed, None, torch.float32) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 20])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 128), (100, 576), (33, 1000)])
+def test_a_weight_in_int8_is_the_formula(outputs, inputs, tokens):
+    g = generator(0)
+    codes = torch.randint(-128, 128, (outputs, inputs), generator=g, dtype=torch.int8)
+    codes[0, :2] = torch.tensor([-128, 127])
+    scale = torch.rand(outputs, generator=g).bfloat16()
+    x = inputs_of(tokens, inputs).bfloat16()
+    expected = x.cpu().double() @ (codes.double() * scale.double()[:, None]).T
+    close(int8_linear(x, codes.to(DEVICE), scale.to(DEVICE)), expected, 4e-3)
+    if tokens <= 2 * linear_launch.FEW:
+        close(linear_launch.linear_int8(x, codes.to(DEVICE), scale.to(DEVICE)), expected, 4e-3)
 
 
 # ---- dispatch

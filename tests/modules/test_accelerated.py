@@ -9,10 +9,19 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from kit.convert.checkpoint import on_kernels
+from kit.convert.formats import PACKED, WeightFormat
 from kit.convert.shapes import CACHE, LINEARS, random_model
 from kit.kernels.int4_fp8 import pack_int4, shaping_factor
 from kit.modules import accelerated
-from kit.modules.accelerated import DecodeGraph, FusedCache, KernelLinear, enable_kernels, left_padding, unsupported
+from kit.modules.accelerated import (
+    DecodeGraph,
+    FusedCache,
+    KernelHead,
+    KernelLinear,
+    enable_kernels,
+    left_padding,
+    unsupported,
+)
 from kit.modules.cache import cache_argument
 from kit.modules.quantized import AttentionQuantization, QuantizedLinear, switched_off
 
@@ -39,7 +48,9 @@ OF_FAMILY = {"mistral": {"sliding_window": 24}, "qwen2": {}, "qwen3": {}, "llama
 def make(monkeypatch):
     """A function that makes a quantized model of random weights; the same one for the same arguments."""
 
-    def build(family="llama", dtype=torch.float32, *, seed=0, window=8, kv=True, zeros=False, change=None, **cache):
+    def build(
+        family="llama", dtype=torch.float32, *, seed=0, window=8, kv=True, zeros=False, head=False, change=None, **cache
+    ):
         options = CACHE | {"window": window} | cache
 
         def quantization(config, random=accelerated_quantization):
@@ -47,6 +58,10 @@ def make(monkeypatch):
             found["kit"] = options  # CACHE itself is shared
             if not kv:
                 found["kv_cache_scheme"] = None
+            if head:
+                first = {"format": PACKED, "targets": ["lm_head"], "weights": WeightFormat(8, integer=True).arguments()}
+                first |= {"input_activations": None, "output_activations": None}
+                found |= {"ignore": [], "config_groups": {"head": first} | found["config_groups"]}
             if zeros:
                 for group in found["config_groups"].values():
                     group["weights"]["symmetric"] = False
@@ -111,6 +126,7 @@ VARIANTS = {
     "no window, scales after RoPE": {"window": 0, "post_rope": True, "shape": False},
     "16-bit cache": {"kv": False},
     "a window of all": {"window": 128},
+    "output head in INT8": {"head": True},
     "16-bit queries": {"query": None},
     "tied embeddings, one key head": {"change": {"tie_word_embeddings": True, "num_key_value_heads": 1}},
     "heads that lie at no tile": {"change": {"head_dim": 16}},
@@ -330,6 +346,11 @@ def test_every_linear_of_a_layer_is_replaced(make):
     model = enable_kernels(make(), "reference")
     names = {n.partition("layers.0.")[2] for n, m in model.named_modules() if isinstance(m, KernelLinear)}
     assert names - {""} == set(LINEARS)
+
+
+def test_a_head_in_int8_is_replaced(make):
+    assert isinstance(enable_kernels(make(head=True), "reference").lm_head, KernelHead)
+    assert not isinstance(enable_kernels(make(), "reference").lm_head, KernelHead)
 
 
 def test_loading_onto_a_cpu_changes_nothing_and_says_nothing(make):
