@@ -275,6 +275,7 @@ def encode(
     COMPILED: tl.constexpr,
 ):
     """INT4 codes of tokens `length` to `length + num_tokens - 1`; a program has ROWS tokens of a head's keys or values.
+    Grid (P · T / ROWS,): a second axis ends at 65,535, which 32 layers of 8 heads reach with 128 rows.
 
     Noise shaping goes by blocks of BLOCK channels: within a block, error after error; what earlier blocks leave to a
     later one is a product. Tokens are columns there, so that a thread has all channels of a token.
@@ -289,10 +290,11 @@ def encode(
         whole_keys, whole_values: (B, G, T, DIM), of one layer: code - zero point, and that times the scale (WHOLE).
         kv_rows: B·G.
     """
-    p = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(num_tokens, ROWS)
+    p = (tl.program_id(0) // blocks).to(tl.int64)
     HALF: tl.constexpr = DIM // 2
     now = tl.load(length)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     ok = token < num_tokens
     slot = (now + token) % slots if RING else token
     source = x + (p * slots + slot)[:, None] * DIM
@@ -319,7 +321,7 @@ def encode(
         order += which * DIM
         factor += which * DIM * DIM
         column = tl.arange(0, ROWS)
-        room = (p * tl.num_programs(0) + tl.program_id(0)) * (DIM * ROWS) + column
+        room = tl.program_id(0).to(tl.int64) * (DIM * ROWS) + column
         mine = x + (p * slots + slot) * DIM
         inner = tl.arange(0, BLOCK)
         for block in range(DIM // BLOCK):

@@ -182,7 +182,7 @@ def encode(
     errors = torch.empty(room, dtype=torch.float32, device=x.device)
     unpacked = torch.empty(room, dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x):
-        kernels.encode[(triton.cdiv(tokens, rows), programs)](
+        kernels.encode[(programs * triton.cdiv(tokens, rows),)](
             x, length, length if order is None else order, errors if factor is None else factor, codes, meta, errors,
             unpacked, keys, values, tokens, batch * groups, groups, slots, meta.shape[-1], SYMMETRIC=symmetric,
             SHAPE=order is not None, RING=ring, WHOLE=whole, DIM=dim, BLOCK=SHAPED_CHANNELS, ROWS=rows,
