@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from kit.convert.checkpoint import on_kernels
 from kit.convert.formats import PACKED, WeightFormat
-from kit.convert.shapes import CACHE, LINEARS, random_model
+from kit.convert.shapes import CACHE, LINEARS, random_model, shape_config
 from kit.kernels.int4_fp8 import pack_int4, shaping_factor
 from kit.modules import accelerated
 from kit.modules.accelerated import (
@@ -654,26 +655,50 @@ def on_gpu(model):
         return on_kernels(model.cuda())
 
 
-@needs_gpu
-@pytest.mark.parametrize("variant", ON_GPU)
-def test_a_replayed_step_does_what_a_step_does(make, variant):
-    """To the bit, in the cache of every layer; the graph was captured while another stream was current."""
-    fused = on_gpu(make(dtype=torch.bfloat16, **ON_GPU[variant])).fused
-    stores, ids = [fused.empty_store(2, 64) for _ in range(2)], prompts()[0].cuda()
+class OneByOne(TorchDispatchMode):
+    """Every operation ends before the next begins, so that no kernel overlaps another operation's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        torch.cuda.synchronize()
+        return out
+
+
+def replays_what_steps_do(fused, ids, start):
+    """Prompt, and then replays of a graph (captured while another stream was current) beside steps one by one."""
+    stores = [fused.empty_store(len(ids), ids.shape[1] + 30) for _ in range(2)]
     with torch.inference_mode():
         for store in stores:
-            store.start[1] = 4
+            store.start.copy_(start)
             fused.prompt(fused.model.model.embed_tokens(ids), store)
             fused.step(ids[:, :1], store)
         with torch.cuda.stream(torch.cuda.Stream()):
             graph = DecodeGraph(fused, stores[0], ids[:, :1])
         torch.cuda.synchronize()
         for i in range(1, 13):
-            got, want = graph(ids[:, i : i + 1]), fused.step(ids[:, i : i + 1], stores[1])
-            torch.testing.assert_close(got, want)
+            with OneByOne():
+                want = fused.step(ids[:, i : i + 1], stores[1])
+            torch.testing.assert_close(graph(ids[:, i : i + 1]), want)
     for name in ("codes", "meta", "recent", "length", "arrivals"):
         assert torch.equal(getattr(stores[0], name), getattr(stores[1], name)), name
-    assert int(stores[0].length) == 26
+    assert int(stores[0].length) == ids.shape[1] + 13
+
+
+@needs_gpu
+@pytest.mark.parametrize("variant", ON_GPU)
+def test_a_replayed_step_does_what_a_step_does(make, variant):
+    """To the bit, in the cache of every layer."""
+    fused = on_gpu(make(dtype=torch.bfloat16, **ON_GPU[variant])).fused
+    replays_what_steps_do(fused, prompts()[0].cuda(), torch.tensor([0, 4]))
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [1, 9])
+def test_kernels_that_overlap_at_full_width_do_the_same(rows):
+    config = shape_config("llama-3-8b") | {"num_hidden_layers": 3, "vocab_size": 1024}
+    fused = on_gpu(random_model(config, int4=True, dtype=torch.bfloat16, device="cuda")).fused
+    ids = torch.randint(0, 1024, (rows, 400), generator=torch.Generator().manual_seed(1)).cuda()
+    replays_what_steps_do(fused, ids, torch.arange(rows) * 7)
 
 
 @needs_gpu
