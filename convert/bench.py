@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -55,7 +54,7 @@ def bench(
     Raises:
         KitError: if a model cannot be loaded, or the options do not fit together.
     """
-    from kit.convert.measure import hardware, versions
+    from kit.convert.measure import free_models, hardware, versions
 
     if (model is None) == (config is None):
         raise usage_error("give a MODEL or --config", "MODEL", "`kit bench MODEL`, or `kit bench --config llama-3-8b`")
@@ -88,7 +87,7 @@ def bench(
             result["rows"].append(row)
             missing.pop(0)
             keep(result)
-        _free()
+        free_models()
     return result
 
 
@@ -119,15 +118,6 @@ def _rows(
             except torch.OutOfMemoryError:
                 row |= failed
             yield row
-
-
-def _free() -> None:
-    """Give back what a model took: it is part of a reference cycle if it is on the kernels."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def weight_bytes(model: Any) -> int:

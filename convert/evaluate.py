@@ -24,7 +24,7 @@ from kit.convert.data import ROW_LENGTH, perplexity_windows, read_documents, sam
 from kit.convert.errors import ExitCode, KitError
 from kit.convert.eval_folder import EvalFolder
 from kit.convert.inspect import cache_bytes
-from kit.convert.measure import hardware, peak_memory, reset_peak_memory
+from kit.convert.measure import free_models, hardware, peak_memory, reset_peak_memory
 from kit.convert.perplexity import mean_and_error
 from kit.convert.progress import Progress
 from kit.convert.recall import RecallTest, measure_recall, recall_test
@@ -176,7 +176,7 @@ def evaluate(
         settings["retention"] = text.retention.settings
 
     def wants_kernels(model: Checkpoint) -> bool:
-        return kernels and not (ablations and model is next(iter(models.values())))
+        return kernels and not (ablations and model is next(iter(models.values()), None))
 
     todo = ([("base", base, True)] if base else []) + [(name, model, False) for name, model in models.items()]
     harness = None
@@ -247,6 +247,7 @@ def evaluate(
                             row["tasks"] = harness.run(model, tokenizer, logs(label, checkpoint), progress, label)
                 rows.append(row)
             del model
+            free_models()
     result = {"settings": settings, "rows": rows}
     if folder is not None:
         folder.write(result)

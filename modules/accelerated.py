@@ -686,7 +686,7 @@ def _redirect(model: Any) -> None:
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not any(isinstance(x, FusedCache) for x in (*args, *kwargs.values())):
             return own(*args, **kwargs)
         if "past_key_values" in kwargs:  # which transformers renames, from 5.24 on
             kwargs[name] = kwargs.pop("past_key_values")
@@ -707,10 +707,9 @@ def _redirect(model: Any) -> None:
             return own(*args, **kwargs)
         if given.delegate is None:
             given.delegate = DynamicCache(config=model.fused.config)
-        whole = arguments.get("return_dict")
         out = own(**{**arguments, name: given.delegate, "return_dict": True})
         out[name] = given
-        return out.to_tuple() if whole is False else out
+        return out if _chosen(arguments, model.config, "return_dict") else out.to_tuple()
 
     prepare = model._prepare_cache_for_generation
 

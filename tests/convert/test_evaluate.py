@@ -1,6 +1,7 @@
 """Figures against their definitions, worked out here with transformers and float64."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -140,11 +141,6 @@ def quantized(make_model, tmp_path_factory):
     return base, out
 
 
-def on_reference(model):
-    quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
-    return enable_kernels(model, "reference") if quantized else model
-
-
 def test_a_quantized_model_is_measured_on_the_kernels_and_the_report_says_so(quantized, tmp_path, monkeypatch):
     """Attention in PyTorch, since this is no GPU: the fused path gives the modules' figures, but for ties of FP8."""
     text = tmp_path / "text.txt"
@@ -163,6 +159,14 @@ def test_a_quantized_model_is_measured_on_the_kernels_and_the_report_says_so(qua
     assert "need a Hopper GPU" in modules[1]["runs_on"] or "need Triton" in modules[1]["runs_on"]
     assert "runs_on" not in modules[0]
     assert not prompts
+    loaded = []
+
+    def on_reference(found):
+        assert not any(earlier() for earlier in loaded)  # one model is in memory at a time
+        loaded.append(weakref.ref(found))
+        quantized_too = any(isinstance(module, QuantizedLinear) for module in found.modules())
+        return enable_kernels(found, "reference") if quantized_too else found
+
     monkeypatch.setattr("kit.convert.checkpoint.on_kernels", on_reference)
     kernels = measure()
     assert kernels[1]["runs_on"] == "INT4-FP8 kernels"
@@ -171,6 +175,7 @@ def test_a_quantized_model_is_measured_on_the_kernels_and_the_report_says_so(qua
     assert kernels[1]["perplexity"] != modules[1]["perplexity"]
     assert kernels[1]["kl"] == pytest.approx(modules[1]["kl"], rel=0.5)
     assert kernels[1]["decode_tokens_per_second"] > 0
+    evaluate({"one": model, "two": model}, num_tokens=64, speed=False)
     off = measure(kernels=False)
     assert (
         off[1]["runs_on"] == "PyTorch, weights dequantized: the kernels are switched off" or "need" in off[1]["runs_on"]

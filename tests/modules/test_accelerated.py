@@ -613,7 +613,7 @@ def test_parts_of_a_model_on_the_kernels_are_neither_moved_nor_copied_nor_stored
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_a_cache_grows_and_its_step_is_captured_anew(make):
-    """Beside the same steps without graphs, on a cache that was large enough; and a capture of the user's own."""
+    """Beside the same steps without graphs, to the bit, and on a cache that was large enough from the start."""
     model = enable_kernels(make(dtype=torch.bfloat16).to("cuda"), "triton")
     ids = tokens(2, 290).to("cuda")
     chunks = [100, *[1] * 190]
@@ -622,9 +622,10 @@ def test_on_a_gpu_a_cache_grows_and_its_step_is_captured_anew(make):
     assert graph is not None
     assert small.store.capacity == 512
     model.fused.graphs = False
+    assert torch.equal(got, steps(model, FusedCache(8), ids, chunks))
     want = steps(model, large, ids, chunks)
     assert large.graph is None
-    assert float((got - want).float().norm() / want.float().norm()) < 2e-2
+    assert float((got - want).float().norm() / want.float().norm()) < 0.1  # other cuts; FP8 has ties
     model.fused.graphs = True
     whole = generate(model, ids[:, :20], torch.ones_like(ids[:, :20]), 150)  # beyond what a plain call reserves
     assert whole.sequences.shape == (2, 170)
