@@ -339,7 +339,7 @@ def encode(
                 for before in tl.static_range(step):
                     value -= lost[before] * tl.load(factor + (block * BLOCK + before) * DIM + at).to(tl.float32)
                 code = tl.minimum(tl.maximum(nearest(value), -8.0), 7.0)
-                lost = lost + (value - code,)  # noqa: RUF005 (Triton has no stars)
+                lost = lost + (value - code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no stars)
                 tl.store(errors + room + at * ROWS, value - code)
                 tl.store(unpacked + room + channel * ROWS, (code + 8.0).to(tl.int32).to(tl.uint8))
             tl.debug_barrier()

@@ -105,7 +105,7 @@ def gated(
     if cut.parts or weight.out_features % cut.rows:
         return None
     active, peaks = _product(x, x_scale, weight, bias, dtype, cut, paired=True)
-    codes, scale = _made(*active.shape, x)
+    codes, scale = _made(active.shape[0], active.shape[1], x)
     quantize_parts[(len(x), triton.cdiv(active.shape[1], PART))](
         active, peaks, codes.view(torch.uint8), scale, active.shape[1], peaks.shape[1],
         PEAKS=triton.next_power_of_2(peaks.shape[1]), BLOCK=PART, PLAIN=not x.is_cuda, num_warps=4,
