@@ -171,7 +171,7 @@ def prepare(
     if kind > 2:
         line = ((kind - 3) * tl.num_programs(0) + tl.program_id(0)) * LINES + tl.arange(0, LINES)
         first = tl.minimum(line, ahead_lines - 1).to(tl.int64) * 128
-        second = tl.minimum(line - ahead_lines, more_lines - 1).to(tl.int64) * 128
+        second = tl.maximum(tl.minimum(line - ahead_lines, more_lines - 1), 0).to(tl.int64) * 128
         ask(tl.where(line < ahead_lines, ahead + first, more_ahead + second), COMPILED)
     HALF: tl.constexpr = DIM // 2
     group = tl.where(kind == 0, heads, kv_heads)
