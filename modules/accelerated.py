@@ -113,6 +113,8 @@ class KernelHead(QuantizedLinear):
         linear: what it replaces.
     """
 
+    codes: Tensor
+
     def __init__(self, linear: QuantizedLinear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features

@@ -171,7 +171,7 @@ def prepare(
     if kind > 2:
         line = ((kind - 3) * tl.num_programs(0) + tl.program_id(0)) * LINES + tl.arange(0, LINES)
         first = tl.minimum(line, ahead_lines - 1).to(tl.int64) * 128
-        second = tl.minimum(line - ahead_lines, more_lines - 1).to(tl.int64) * 128
+        second = tl.maximum(tl.minimum(line - ahead_lines, more_lines - 1), 0).to(tl.int64) * 128
         ask(tl.where(line < ahead_lines, ahead + first, more_ahead + second), COMPILED)
     HALF: tl.constexpr = DIM // 2
     group = tl.where(kind == 0, heads, kv_heads)
@@ -341,7 +341,7 @@ def encode(
                 for before in tl.static_range(step):
                     value -= lost[before] * tl.load(factor + (block * BLOCK + before) * DIM + at).to(tl.float32)
                 code = tl.minimum(tl.maximum(nearest(value), -8.0), 7.0)
-                lost = lost + (value - code,)  # noqa: RUF005 (Triton has no stars)
+                lost = lost + (value - code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no stars)
                 tl.store(errors + room + at * ROWS, value - code)
                 tl.store(unpacked + room + channel * ROWS, (code + 8.0).to(tl.int32).to(tl.uint8))
             tl.debug_barrier()

@@ -104,7 +104,8 @@ def int4_fp8_swiglu(
     dtype: torch.dtype = torch.bfloat16,
     exact: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`swiglu_quantize` of `int4_fp8_linear`, the same numbers; with few tokens SwiGLU is done where the product is.
+    """`swiglu_quantize` of `int4_fp8_linear`, the same numbers; SwiGLU is done where the product is, but with
+    `exact=False` and many tokens.
 
     Args:
         x: (..., K) e4m3 and (...,) fp32.
@@ -246,7 +247,8 @@ def _linear_swiglu(
     dtype: torch.dtype,
     exact: bool,
 ) -> tuple[Tensor, Tensor]:
-    if _on_kernels(codes, 0):
+    tokens = codes.numel() // inputs
+    if _on_kernels(codes, 0) and (exact or tokens < EXPANDED_FROM):
         packed = PackedInt4(weight, weight_scale, zeros, outputs, inputs)
         with torch.cuda.device_of(codes):
             made = gpu_gated(_rows(codes), scale.reshape(-1).contiguous(), packed, bias, dtype)

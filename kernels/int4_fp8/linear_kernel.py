@@ -85,9 +85,12 @@ ASK = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 @triton.jit
 def rows_of(tile, local, num_outputs, BN: tl.constexpr, PAIRED: tl.constexpr):
-    """The rows of W that a program has: BN that lie together or, PAIRED, BN / 2 gates and the same of up's."""
+    """The rows of W that a program has: BN that lie together or, PAIRED, BN / 2 gates and the same of up's.
+
+    They come in turns of 8: a gate and its up are then 8 rows apart, where one thread has the sums of both.
+    """
     if PAIRED:
-        return tile * (BN // 2) + local % (BN // 2) + local // (BN // 2) * (num_outputs // 2)
+        return tile * (BN // 2) + local // 16 * 8 + local % 8 + local % 16 // 8 * (num_outputs // 2)
     return tile * BN + local
 
 
@@ -186,7 +189,7 @@ def store_active(acc, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens,
 
     Args:
         out: (M, I).
-        peaks: (M, programs of a token) int32, the bits of the largest magnitude of each program.
+        peaks: (M, tiles) int32, the bits of the largest magnitude in each tile.
     """
     there = tokens < num_tokens
     acc *= tl.load(x_scale + tokens, mask=there, other=0.0)[None, :]
@@ -194,14 +197,14 @@ def store_active(acc, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens,
         acc += tl.load(bias + rows).to(tl.float32)[:, None]
     kind: tl.constexpr = out.dtype.element_ty
     HALF_ROWS: tl.constexpr = acc.shape[0] // 2
-    both = acc.to(kind).to(tl.float32).reshape(2, HALF_ROWS, acc.shape[1]).permute(1, 2, 0)
+    both = acc.to(kind).to(tl.float32).reshape(HALF_ROWS // 8, 2, 8, acc.shape[1]).permute(0, 2, 3, 1)
     gate, up = tl.split(both)
-    active = silu(gate, kind) * up
+    active = (silu(gate, kind) * up).reshape(HALF_ROWS, acc.shape[1])
     row = tile * HALF_ROWS + tl.arange(0, HALF_ROWS)
     at = tokens.to(tl.int64)[None, :] * (num_outputs // 2) + row[:, None]
     tl.store(out + at, active.to(kind), mask=there[None, :])
     peak = tl.max(magnitude_bits(active.to(kind).to(tl.float32)), 0)
-    tl.store(peaks + tokens * tl.num_programs(0) + tile, peak, mask=there)
+    tl.store(peaks + tokens * (num_outputs // acc.shape[0]) + tile, peak, mask=there)
 
 
 @triton.jit
@@ -446,6 +449,7 @@ def many_tokens(
     partial,
     counters,
     out,
+    peaks,
     num_tokens,
     num_inputs,
     num_outputs,
@@ -457,6 +461,7 @@ def many_tokens(
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -481,7 +486,7 @@ def many_tokens(
     tile = inner // width
     first_token = (start + inner % width) * (BM * PARTS)
     tokens = first_token + tl.arange(0, BM)
-    rows = tile * BN + tl.arange(0, BN)
+    rows = rows_of(tile, tl.arange(0, BN), num_outputs, BN, PAIRED)
     byte = tl.arange(0, HALF)
     k = tl.arange(0, 2 * HALF)
     first = split * groups_each
@@ -494,7 +499,7 @@ def many_tokens(
     acc1 = acc
     scale = tl.load(scales + first * padded + rows)
     if not PLAIN:
-        ask_and_wait(codes, tile, first, last, num_groups, num_outputs, BN, HALF, LINES, False)
+        ask_and_wait(codes, tile, first, last, num_groups, num_outputs, BN, HALF, LINES, PAIRED)
     for group in tl.range(first, last, num_stages=STAGES):
         next_scale = tl.load(scales + tl.minimum(group + 1, last - 1) * padded + rows)
         operand = codes_fp8(tl.load(at + group * (TILE * HALF)), PLAIN)
@@ -516,13 +521,13 @@ def many_tokens(
         gdc_launch_dependents()
     counter = counters + pid * PARTS
     finish(
-        acc, x_scale, bias, partial, counter, out, out, tile, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS,
-        SPLITS, False,
+        acc, x_scale, bias, partial, counter, out, peaks, tile, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS,
+        SPLITS, PAIRED,
     )  # fmt: skip
     if PARTS == 2:
         finish(
-            acc1, x_scale, bias, partial, counter + 1, out, out, tile, rows, tokens + BM, split, num_tokens,
-            num_outputs, HAS_BIAS, SPLITS, False,
+            acc1, x_scale, bias, partial, counter + 1, out, peaks, tile, rows, tokens + BM, split, num_tokens,
+            num_outputs, HAS_BIAS, SPLITS, PAIRED,
         )  # fmt: skip
 
 

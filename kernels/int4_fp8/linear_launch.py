@@ -96,19 +96,21 @@ def linear(
 def gated(
     x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
-    """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first; None if `few_tokens` does not run.
+    """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first; None if 2 I is no whole tiles.
 
     The product's programs have gates and up's of the same outputs, so that another launch needs but the largest.
     """
     padded, groups = weight.codes.shape[0] * TILE, weight.codes.shape[1]
     cut = Cut.of(len(x), padded, groups)
-    if cut.parts or weight.out_features % cut.rows:
+    if weight.out_features % cut.rows:
         return None
     active, peaks = _product(x, x_scale, weight, bias, dtype, cut, paired=True)
-    codes, scale = _made(*active.shape, x)
-    quantize_parts[(len(x), triton.cdiv(active.shape[1], PART))](
-        active, peaks, codes.view(torch.uint8), scale, active.shape[1], peaks.shape[1],
-        PEAKS=triton.next_power_of_2(peaks.shape[1]), BLOCK=PART, PLAIN=not x.is_cuda, num_warps=4,
+    width = active.shape[1]
+    codes, scale = _made(len(x), width, x)
+    block, warps = _shape(width, len(x)) if len(x) >= MULTIPROCESSORS else (PART, 4)
+    quantize_parts[(len(x), triton.cdiv(width, block))](
+        active, peaks, codes.view(torch.uint8), scale, width, peaks.shape[1],
+        PEAKS=triton.next_power_of_2(peaks.shape[1]), BLOCK=block, PLAIN=not x.is_cuda, num_warps=warps,
         launch_pdl=x.is_cuda,
     )  # fmt: skip
     return codes, scale
@@ -151,7 +153,7 @@ def _product(
     programs = (outputs if paired else padded) // cut.rows * blocks
     partial, counters, peaks = y, y, y
     if paired:
-        peaks = torch.empty(rows, programs, dtype=torch.int32, device=x.device)
+        peaks = torch.empty(rows, outputs // cut.rows, dtype=torch.int32, device=x.device)
     if splits > 1:
         partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
         counters = counters_of(weight.codes, programs * max(cut.parts, 1))
@@ -183,8 +185,8 @@ def _product(
             given = TensorDescriptor(x, [rows, inputs], [inputs, 1], [cut.tokens, 2 * half])
         many_tokens[grid](
             given, x_scale, weight.codes, weight.scales, zeros, sums, bias, partial,
-            counters, y, rows, inputs, outputs, padded, groups, each, blocks, PARTS=cut.parts, TOGETHER=cut.together,
-            DESCRIPTOR=by_descriptor, **options,
+            counters, y, peaks, rows, inputs, outputs, padded, groups, each, blocks, PAIRED=paired, PARTS=cut.parts,
+            TOGETHER=cut.together, DESCRIPTOR=by_descriptor, **options,
         )  # fmt: skip
     return y, peaks
 

@@ -283,26 +283,25 @@ def test_swiglu_and_quantize(width, dtype):
     same_but_for_ties(codes, scale, (gate.double() / (1 + (-gate.double()).exp())).to(dtype) * up)
 
 
-@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("tokens", [1, 7, 20, 70, 130, 300] if DEVICE == "cuda" else [7, 20, 130])
 @pytest.mark.parametrize(
-    ("width", "inputs", "size", "zeros"), [(64, 256, 128, False), (72, 192, 64, True), (8, 2112, 32, False)]
+    ("width", "inputs", "size", "zeros"), [(64, 256, 128, False), (96, 192, 64, True), (32, 2112, 32, False)]
 )
 def test_swiglu_where_the_product_is_has_the_same_bits(width, inputs, size, zeros, tokens):
     packed, _ = weight(2 * width, inputs, size, zeros, magnitude=0.1)
     bias = torch.randn(2 * width, generator=generator(2)).to(DEVICE)
     x = linear_launch.quantize(inputs_of(tokens, inputs))
-    for dtype in (torch.float32, NARROW):
-        codes, scale = linear_launch.gated(*x, packed, bias, dtype)
-        expected, expected_scale = linear_launch.swiglu_quantize(linear_launch.linear(*x, packed, bias, dtype))
-        assert torch.equal(codes.view(BITS), expected.view(BITS))
-        assert torch.equal(scale, expected_scale)
+    codes, scale = linear_launch.gated(*x, packed, bias, NARROW)
+    expected, expected_scale = linear_launch.swiglu_quantize(linear_launch.linear(*x, packed, bias, NARROW))
+    assert torch.equal(codes.view(BITS), expected.view(BITS))
+    assert torch.equal(scale, expected_scale)
 
 
 def test_swiglu_is_left_to_another_launch_where_programs_cannot_pair_outputs():
-    packed, _ = weight(2 * 36, 256, 128, False)
-    assert linear_launch.gated(*linear_launch.quantize(inputs_of(1, 256)), packed, None, torch.float32) is None
-    packed, _ = weight(2 * 64, 256, 128, False)
-    assert linear_launch.gated(*linear_launch.quantize(inputs_of(20, 256)), packed, None, torch.float32) is None
+    for width, tokens in ((36, 1), (72, 20)):
+        packed, _ = weight(2 * width, 256, 128, False)
+        given = linear_launch.quantize(inputs_of(tokens, 256))
+        assert linear_launch.gated(*given, packed, None, torch.float32) is None
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 20])
