@@ -24,11 +24,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kit.kernels.int4_fp8 import (
     PackedInt4,
     int4_fp8_linear,
+    int4_fp8_swiglu,
+    int8_linear,
     prepack,
     quantize_fp8,
     rms_norm_quantize,
-    swiglu_quantize,
     unpack_int4,
+    unpack_int8,
 )
 from kit.kernels.int4_fp8.attention import (
     KVStore,
@@ -47,6 +49,9 @@ OUTPUT_HOOKS = "transformers.utils.output_capturing"  # whose hooks stay, and sl
 LOAD_AGAIN = "load it again: kit.load(path, device=..., dtype=...)"
 SPARE = 128  # tokens that a cache of a plain call has room for beyond its prompt
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ASKED_BYTES = (
+    2**24
+)  # of gate and up's codes that attention has brought to the L2 cache; the output projection's come first
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length
 
 
@@ -101,6 +106,34 @@ class _StraightThrough(torch.autograd.Function):
         return (grads[0].float() @ ctx.packed.dequantize()).to(grads[0].dtype), None, None
 
 
+class KernelHead(QuantizedLinear):
+    """An output head in INT8, on a kernel.
+
+    Args:
+        linear: what it replaces.
+    """
+
+    codes: Tensor
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.fp8_inputs = self.int4 = False
+        self.int8 = self.quantize_inputs = True
+        self.register_buffer("codes", unpack_int8(linear.weight_packed, linear.in_features).contiguous())
+        self.weight_scale, self.bias = linear.weight_scale, linear.bias
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, (N, K) fp32."""
+        return self.codes.float() * self.weight_scale.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x.float(), self.dequantize()).to(x.dtype)
+        return int8_linear(x, self.codes, self.weight_scale[:, 0])
+
+
 class Product:
     """One or several linears of the same input as one product; they become `KernelLinear`s.
 
@@ -146,6 +179,10 @@ class Product:
         """(..., K), quantized or not, -> (..., N) in `dtype`."""
         return int4_fp8_linear(x, self.packed, self.bias, dtype, self.exact)
 
+    def swiglu(self, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """SwiGLU of the outputs, which are gates and up's, quantized: (..., N / 2) and a scale a token."""
+        return int4_fp8_swiglu(x, self.packed, self.bias, dtype, self.exact)
+
 
 class FusedLayer:
     """One decoder layer: its four products, norms, and what its attention does to heads."""
@@ -157,6 +194,7 @@ class FusedLayer:
         self.o = Product(attention, ("o_proj",), exact)
         self.gate_up = Product(mlp, ("gate_proj", "up_proj"), exact)
         self.down = Product(mlp, ("down_proj",), exact)
+        self.ahead = self.o.packed.codes, self.gate_up.packed.codes.view(-1)[:ASKED_BYTES]
         self.scale = float(attention.scaling)
         self.sliding = sliding_window(attention, config)
         dim, q_norm = attention.head_dim, getattr(attention, "q_norm", None)
@@ -196,7 +234,7 @@ class FusedLayer:
         x = self.o(quantize_fp8(attended), x.dtype)
         norm = self.post_norm
         codes, scale, h = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, h)  # type: ignore[misc]
-        return self.down(swiglu_quantize(self.gate_up((codes, scale), x.dtype)), x.dtype), h
+        return self.down(self.gate_up.swiglu((codes, scale), x.dtype), x.dtype), h
 
 
 class FusedCache(Cache):
@@ -359,6 +397,8 @@ class FusedModel:
         self.model, self.backend = model, backend
         config = self.config = model.config.get_text_config(decoder=True)
         self.layers = [FusedLayer(layer, config, exact) for layer in model.model.layers]
+        if getattr(model.lm_head, "int8", False) and model.lm_head.bias is None:
+            model.lm_head = KernelHead(model.lm_head)
         quantizations = [getattr(layer.self_attn, "quantization", None) for layer in model.model.layers]
         first: AttentionQuantization | None = quantizations[0]
         self.int4, self.symmetric = first is not None and first.kv is not None, first is not None and first.symmetric
@@ -402,8 +442,18 @@ class FusedModel:
         for index, layer in enumerate(self.layers):
 
             def attend(qkv: Tensor, layer: FusedLayer, index: int = index) -> Tensor:
+                more = {"ahead": layer.ahead} if attention is attend_step else {}
                 return attention(
-                    qkv, cos, sin, layer.heads, store, index, scale=layer.scale, sliding=layer.sliding, **options
+                    qkv,
+                    cos,
+                    sin,
+                    layer.heads,
+                    store,
+                    index,
+                    scale=layer.scale,
+                    sliding=layer.sliding,
+                    **more,
+                    **options,
                 )
 
             x, h = layer(x, h, attend)

@@ -189,14 +189,18 @@ def attend_step(
     scale: float,
     sliding: int | None = None,
     backend: str = "triton",
+    ahead: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """Attention of one new token a row, which goes into the ring of recent keys. `finish_step` follows the last layer.
+
+    Kernels read the number of tokens before the kernel before them has ended: qkv is to be made after `finish_step`.
 
     Args:
         qkv: (B, 1, (H + 2G)·D).
         cos, sin: (positions, D / 2).
         scale: of the scores.
         sliding: keys that a query may see.
+        ahead: up to two tensors that are read next, asked for meanwhile.
 
     Returns:
         (B, 1, H·D).
@@ -205,7 +209,7 @@ def attend_step(
     ops = kernels() if backend == "triton" else None
     if ops is None:
         return attend_more(qkv, cos, sin, options, store, layer, scale=scale, sliding=sliding)
-    q, unit, _ = ops.prepare(qkv, cos, sin, options, store.identity(), store.length, store.start, recent, False)
+    q, unit, _ = ops.prepare(qkv, cos, sin, options, store.identity(), store.length, store.start, recent, False, ahead)
     if store.window == 0:
         _encode_ring(ops, store, slice(layer, layer + 1))
     out = ops.decode(

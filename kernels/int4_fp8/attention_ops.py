@@ -12,9 +12,11 @@ from kit.kernels.int4_fp8.attention_kernel import triton
 from kit.kernels.int4_fp8.attention_reference import Heads
 
 PROGRAMS = 396  # of `decode` that run at a time on an H100 or H200: three on each of its 132 multiprocessors
+ASKED_LINES = 1024  # lines of 128 bytes that a program of `prepare` asks for
 NEAR_KEYS = 64  # recent keys a program
 PROMPT_ROWS = 32  # pairs (token, head) a program of `prepare`, of prompts
-SHAPED_ROWS = 64  # tokens a program of `encode`, of prompts
+NEAREST_ROWS = 64  # tokens a program of `encode`, of prompts whose codes are the nearest
+SHAPED_ROWS = 32  # tokens a program of `encode`, a thread each, where codes are noise-shaped
 SHAPED_CHANNELS = 16  # channels whose errors are spread one by one
 LOG2E = 1.4426950408889634
 NO_LIMIT = 2**30  # keys a query may see, where there is no limit
@@ -51,6 +53,7 @@ def _prepare(
     recent: Tensor,
     heads: int,
     new: bool,
+    ahead: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = qkv.shape
     _, _, groups, ring, dim = recent.shape
@@ -60,19 +63,43 @@ def _prepare(
         (2, batch, groups, tokens, dim) if new else (2, 0, groups, tokens, dim), dtype=qkv.dtype, device=qkv.device
     )
     rows = 16 if tokens * batch * heads < 4096 else PROMPT_ROWS
+    programs = triton.cdiv(batch * tokens * heads, rows)
+    lines = [x.nbytes // 128 for x in ahead] + [0, 0]
+    asking = triton.cdiv(triton.cdiv(sum(lines), ASKED_LINES), programs)
+    ahead = [*ahead, qkv, qkv]
     with torch.cuda.device_of(qkv):
-        kernels.prepare[(triton.cdiv(batch * tokens * heads, rows), 3)](
+        kernels.prepare[(programs, 3 + asking)](
             qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
             qkv if key_mean is None else key_mean, qkv if key_scale is None else key_scale, signs, length, start,
-            q, unit, kv[0], kv[1], recent[0], recent[1], tokens, batch, heads, groups, qkv.stride(1), eps, dim**-0.5,
+            q, unit, kv[0], kv[1], recent[0], recent[1], ahead[0], ahead[1], lines[0], lines[1], tokens, batch, heads,
+            groups, qkv.stride(1), eps, dim**-0.5,
             NORM=q_norm is not None, CENTER=key_mean is not None, SCALE=key_scale is not None, ROTATE=rotate, FP8=fp8,
-            NEW=new, RING=ring, DIM=dim, ROWS=rows, COMPILED=COMPILED, num_warps=4, num_stages=1,
+            NEW=new, RING=ring, DIM=dim, ROWS=rows, LINES=ASKED_LINES, COMPILED=COMPILED, num_warps=4, num_stages=1,
+            launch_pdl=COMPILED,
         )  # fmt: skip
     return q, unit, kv
 
 
 @_prepare.register_fake
-def _(qkv, cos, sin, q_norm, k_norm, eps, key_mean, key_scale, signs, rotate, fp8, length, start, recent, heads, new):
+def _(
+    qkv,
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    eps,
+    key_mean,
+    key_scale,
+    signs,
+    rotate,
+    fp8,
+    length,
+    start,
+    recent,
+    heads,
+    new,
+    ahead,
+):
     batch, tokens, _ = qkv.shape
     _, _, groups, _, dim = recent.shape
     return (
@@ -92,6 +119,7 @@ def prepare(
     start: Tensor,
     recent: Tensor,
     new: bool,
+    ahead: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_reference.prepare` in one launch, which also puts the latest keys and values into their ring.
 
@@ -100,6 +128,7 @@ def prepare(
         identity: (D, D), taken where `options` has no rotation.
         recent: (2, B, G, R, D), updated: token t lies at t mod R.
         new: whether to return keys and values, (2, B, G, T, D); else they are (2, 0, G, T, D).
+        ahead: up to two contiguous tensors of bytes that are wanted soon, to be brought to the L2 cache.
 
     Returns:
         Queries, their units, and keys and values.
@@ -110,7 +139,7 @@ def prepare(
     signs = identity if o.signs is None else o.signs
     return _prepare(
         qkv, cos, sin, o.q_norm, o.k_norm, o.eps, o.key_mean, o.key_scale, signs, o.signs is not None, o.query_fp8,
-        length, start, recent, o.heads, new,
+        length, start, recent, o.heads, new, list(ahead),
     )  # fmt: skip
 
 
@@ -144,20 +173,20 @@ def encode(
         Keys as code - zero point, which `meta` has the scales of, and values, each (B, G, T, D); empty unless `whole`.
     """
     layers, _, batch, groups, slots, dim = x.shape
-    rows = 16 if tokens <= 16 or order is None else SHAPED_ROWS
+    rows = SHAPED_ROWS if order is not None else 16 if tokens <= 16 else NEAREST_ROWS
     programs = layers * 2 * batch * groups
     shape = (batch, groups, tokens, dim) if whole else (0,)
     keys = torch.empty(shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
     values = torch.empty(shape, dtype=x.dtype, device=x.device)
-    room = (programs, triton.cdiv(tokens, rows) * rows, dim) if order is not None else (0,)
+    room = (triton.cdiv(tokens, rows) * programs, dim, rows) if order is not None else (0,)
     errors = torch.empty(room, dtype=torch.float32, device=x.device)
     unpacked = torch.empty(room, dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x):
-        kernels.encode[(triton.cdiv(tokens, rows), programs)](
+        kernels.encode[(programs * triton.cdiv(tokens, rows),)](
             x, length, length if order is None else order, errors if factor is None else factor, codes, meta, errors,
             unpacked, keys, values, tokens, batch * groups, groups, slots, meta.shape[-1], SYMMETRIC=symmetric,
             SHAPE=order is not None, RING=ring, WHOLE=whole, DIM=dim, BLOCK=SHAPED_CHANNELS, ROWS=rows,
-            num_warps=1 if tokens <= 16 else 4, num_stages=1,
+            COMPILED=COMPILED, num_warps=4 if order is None and tokens > 16 else 1, num_stages=1, launch_pdl=COMPILED,
         )  # fmt: skip
     return keys, values
 
@@ -174,8 +203,10 @@ def cut(pairs: int, capacity: int, window: int, dim: int) -> tuple[int, int, int
     Blocks are of 64 tokens as long as a program gets one at most: with 128 each takes longer.
     """
     coded, programs = max(capacity - window, 0), max(PROGRAMS // pairs, 1)
+    near = min(triton.cdiv(window, NEAR_KEYS), programs)
+    programs = max(programs - near, 1)  # all run at a time: a few that come after the others would double the time
     block = 128 if dim == 128 and coded > 64 * programs else 64
-    return block, min(triton.cdiv(coded, block), programs), min(triton.cdiv(window, NEAR_KEYS), programs)
+    return block, min(triton.cdiv(coded, block), programs), near
 
 
 @torch.library.custom_op("kit_int4_attention::decode", mutates_args=("arrivals",))
@@ -218,7 +249,7 @@ def decode(
             batch, groups, scale * LOG2E, NO_LIMIT if sliding is None else sliding, QUERIES=queries, DIM=dim, RING=ring,
             WINDOW=window, SPLITS=coded, NEAR=near, PADDED=padded,
             SLOTS=triton.next_power_of_2(coded + near), CHUNK=max(8192 // (padded * dim), 1), BT=block, STAGES=3,
-            COMPILED=COMPILED,             num_warps=dim // 32, num_stages=1,
+            COMPILED=COMPILED, num_warps=dim // 32, num_stages=1, launch_pdl=COMPILED,
         )  # fmt: skip
     return out
 
