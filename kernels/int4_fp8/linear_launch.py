@@ -104,8 +104,8 @@ def gated(
 ) -> tuple[Tensor, Tensor] | None:
     """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first.
 
-    The product's programs have gates and up's of the same outputs, so that another launch needs but the largest. None if
-    2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
+    The product's programs have gates and up's of the same outputs, so that another launch needs but the largest. None
+    if 2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
     """
     chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
     slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
