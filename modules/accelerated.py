@@ -49,9 +49,6 @@ OUTPUT_HOOKS = "transformers.utils.output_capturing"  # whose hooks stay, and sl
 LOAD_AGAIN = "load it again: kit.load(path, device=..., dtype=...)"
 SPARE = 128  # tokens that a cache of a plain call has room for beyond its prompt
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ASKED_BYTES = (
-    2**24
-)  # of gate and up's codes that attention has brought to the L2 cache; the output projection's come first
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length
 
 
@@ -194,7 +191,6 @@ class FusedLayer:
         self.o = Product(attention, ("o_proj",), exact)
         self.gate_up = Product(mlp, ("gate_proj", "up_proj"), exact)
         self.down = Product(mlp, ("down_proj",), exact)
-        self.ahead = self.o.packed.codes, self.gate_up.packed.codes.view(-1)[:ASKED_BYTES]
         self.scale = float(attention.scaling)
         self.sliding = sliding_window(attention, config)
         dim, q_norm = attention.head_dim, getattr(attention, "q_norm", None)
@@ -442,18 +438,8 @@ class FusedModel:
         for index, layer in enumerate(self.layers):
 
             def attend(qkv: Tensor, layer: FusedLayer, index: int = index) -> Tensor:
-                more = {"ahead": layer.ahead} if attention is attend_step else {}
                 return attention(
-                    qkv,
-                    cos,
-                    sin,
-                    layer.heads,
-                    store,
-                    index,
-                    scale=layer.scale,
-                    sliding=layer.sliding,
-                    **more,
-                    **options,
+                    qkv, cos, sin, layer.heads, store, index, scale=layer.scale, sliding=layer.sliding, **options
                 )
 
             x, h = layer(x, h, attend)

@@ -189,7 +189,6 @@ def attend_step(
     scale: float,
     sliding: int | None = None,
     backend: str = "triton",
-    ahead: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """Attention of one new token a row, which goes into the ring of recent keys. `finish_step` follows the last layer.
 
@@ -200,7 +199,6 @@ def attend_step(
         cos, sin: (positions, D / 2).
         scale: of the scores.
         sliding: keys that a query may see.
-        ahead: up to two tensors that are read next, asked for meanwhile.
 
     Returns:
         (B, 1, H·D).
@@ -209,7 +207,7 @@ def attend_step(
     ops = kernels() if backend == "triton" else None
     if ops is None:
         return attend_more(qkv, cos, sin, options, store, layer, scale=scale, sliding=sliding)
-    q, unit, _ = ops.prepare(qkv, cos, sin, options, store.identity(), store.length, store.start, recent, False, ahead)
+    q, unit, _ = ops.prepare(qkv, cos, sin, options, store.identity(), store.length, store.start, recent, False)
     if store.window == 0:
         _encode_ring(ops, store, slice(layer, layer + 1))
     out = ops.decode(

@@ -126,10 +126,6 @@ def prepare(
     v_out,
     recent_k,
     recent_v,
-    ahead,
-    more_ahead,
-    ahead_lines,
-    more_lines,
     num_tokens,
     batch_size,
     heads,
@@ -146,13 +142,11 @@ def prepare(
     RING: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
-    LINES: tl.constexpr,
     COMPILED: tl.constexpr,
 ):
     """RoPE, and what the cache wants of keys and queries; queries to FP8; the latest keys and values into the ring.
 
-    A program has ROWS pairs (token, head) of queries (program_id(1) = 0), keys (1) or values (2). Further programs ask
-    for LINES lines each of what later kernels read (`ahead`), since memory is idle meanwhile.
+    A program has ROWS pairs (token, head) of queries (program_id(1) = 0), keys (1) or values (2).
 
     Args:
         qkv: (B·T, (H + 2G)·DIM), rows `qkv_stride` apart.
@@ -165,21 +159,15 @@ def prepare(
         q_out: (B·T, H, DIM) fp16, multiples of q_scale (B·T, H) fp32; e4m3 numbers (FP8).
         k_out, v_out: (B, G, T, DIM) (NEW).
         recent_k, recent_v: (B, G, RING, DIM), token t at t mod RING.
-        ahead, more_ahead: bytes of weights, of which `ahead_lines` and `more_lines` lines of 128 bytes are asked for.
     """
     kind = tl.program_id(1)
-    if kind > 2:
-        line = ((kind - 3) * tl.num_programs(0) + tl.program_id(0)) * LINES + tl.arange(0, LINES)
-        first = tl.minimum(line, ahead_lines - 1).to(tl.int64) * 128
-        second = tl.maximum(tl.minimum(line - ahead_lines, more_lines - 1), 0).to(tl.int64) * 128
-        ask(tl.where(line < ahead_lines, ahead + first, more_ahead + second), COMPILED)
     HALF: tl.constexpr = DIM // 2
     group = tl.where(kind == 0, heads, kv_heads)
     pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = pair // group
     head = pair % group
     ok = row < num_tokens * batch_size
-    if (kind < 3) & (tl.program_id(0) * ROWS < num_tokens * batch_size * group):
+    if tl.program_id(0) * ROWS < num_tokens * batch_size * group:
         batch = row // num_tokens
         token = row % num_tokens
         columns = tl.arange(0, HALF)

@@ -12,7 +12,6 @@ from kit.kernels.int4_fp8.attention_kernel import triton
 from kit.kernels.int4_fp8.attention_reference import Heads
 
 PROGRAMS = 396  # of `decode` that run at a time on an H100 or H200: three on each of its 132 multiprocessors
-ASKED_LINES = 1024  # lines of 128 bytes that a program of `prepare` asks for
 NEAR_KEYS = 64  # recent keys a program
 PROMPT_ROWS = 32  # pairs (token, head) a program of `prepare`, of prompts
 NEAREST_ROWS = 64  # tokens a program of `encode`, of prompts whose codes are the nearest
@@ -53,7 +52,6 @@ def _prepare(
     recent: Tensor,
     heads: int,
     new: bool,
-    ahead: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, _ = qkv.shape
     _, _, groups, ring, dim = recent.shape
@@ -63,43 +61,20 @@ def _prepare(
         (2, batch, groups, tokens, dim) if new else (2, 0, groups, tokens, dim), dtype=qkv.dtype, device=qkv.device
     )
     rows = 16 if tokens * batch * heads < 4096 else PROMPT_ROWS
-    programs = triton.cdiv(batch * tokens * heads, rows)
-    lines = [x.nbytes // 128 for x in ahead] + [0, 0]
-    asking = triton.cdiv(triton.cdiv(sum(lines), ASKED_LINES), programs)
-    ahead = [*ahead, qkv, qkv]
     with torch.cuda.device_of(qkv):
-        kernels.prepare[(programs, 3 + asking)](
+        kernels.prepare[(triton.cdiv(batch * tokens * heads, rows), 3)](
             qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
             qkv if key_mean is None else key_mean, qkv if key_scale is None else key_scale, signs, length, start,
-            q, unit, kv[0], kv[1], recent[0], recent[1], ahead[0], ahead[1], lines[0], lines[1], tokens, batch, heads,
-            groups, qkv.stride(1), eps, dim**-0.5,
+            q, unit, kv[0], kv[1], recent[0], recent[1], tokens, batch, heads, groups, qkv.stride(1), eps, dim**-0.5,
             NORM=q_norm is not None, CENTER=key_mean is not None, SCALE=key_scale is not None, ROTATE=rotate, FP8=fp8,
-            NEW=new, RING=ring, DIM=dim, ROWS=rows, LINES=ASKED_LINES, COMPILED=COMPILED, num_warps=4, num_stages=1,
+            NEW=new, RING=ring, DIM=dim, ROWS=rows, COMPILED=COMPILED, num_warps=4, num_stages=1,
             launch_pdl=COMPILED,
         )  # fmt: skip
     return q, unit, kv
 
 
 @_prepare.register_fake
-def _(
-    qkv,
-    cos,
-    sin,
-    q_norm,
-    k_norm,
-    eps,
-    key_mean,
-    key_scale,
-    signs,
-    rotate,
-    fp8,
-    length,
-    start,
-    recent,
-    heads,
-    new,
-    ahead,
-):
+def _(qkv, cos, sin, q_norm, k_norm, eps, key_mean, key_scale, signs, rotate, fp8, length, start, recent, heads, new):
     batch, tokens, _ = qkv.shape
     _, _, groups, _, dim = recent.shape
     return (
@@ -119,7 +94,6 @@ def prepare(
     start: Tensor,
     recent: Tensor,
     new: bool,
-    ahead: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_reference.prepare` in one launch, which also puts the latest keys and values into their ring.
 
@@ -128,7 +102,6 @@ def prepare(
         identity: (D, D), taken where `options` has no rotation.
         recent: (2, B, G, R, D), updated: token t lies at t mod R.
         new: whether to return keys and values, (2, B, G, T, D); else they are (2, 0, G, T, D).
-        ahead: up to two contiguous tensors of bytes that are wanted soon, to be brought to the L2 cache.
 
     Returns:
         Queries, their units, and keys and values.
@@ -139,7 +112,7 @@ def prepare(
     signs = identity if o.signs is None else o.signs
     return _prepare(
         qkv, cos, sin, o.q_norm, o.k_norm, o.eps, o.key_mean, o.key_scale, signs, o.signs is not None, o.query_fp8,
-        length, start, recent, o.heads, new, list(ahead),
+        length, start, recent, o.heads, new,
     )  # fmt: skip
 
 
@@ -203,10 +176,8 @@ def cut(pairs: int, capacity: int, window: int, dim: int) -> tuple[int, int, int
     Blocks are of 64 tokens as long as a program gets one at most: with 128 each takes longer.
     """
     coded, programs = max(capacity - window, 0), max(PROGRAMS // pairs, 1)
-    near = min(triton.cdiv(window, NEAR_KEYS), programs)
-    programs = max(programs - near, 1)  # all run at a time: a few that come after the others would double the time
     block = 128 if dim == 128 and coded > 64 * programs else 64
-    return block, min(triton.cdiv(coded, block), programs), near
+    return block, min(triton.cdiv(coded, block), programs), min(triton.cdiv(window, NEAR_KEYS), programs)
 
 
 @torch.library.custom_op("kit_int4_attention::decode", mutates_args=("arrivals",))

@@ -18,6 +18,7 @@ from kit.kernels.int4_fp8.reference import FP8
 FEW = 8  # tokens up to which `few_tokens` runs, up to twice as many for weights of at most SMALL groups
 SMALL = 2**18
 MAX_WIDTH = 65536  # features of a token that a quantizing program holds
+PAIRED_UP_TO = 2048  # tokens up to which SwiGLU is done where the product is
 PART = 1024  # features of a token that a program of `quantize_parts` holds
 MULTIPROCESSORS = 132  # of an H100 or H200
 
@@ -94,17 +95,23 @@ def linear(
 
 
 def gated(
-    x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedInt4,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first; None if 2 I is no whole tiles.
+    """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first.
 
-    The product's programs have gates and up's of the same outputs, so that another launch needs but the largest.
+    The product's programs have gates and up's of the same outputs, so that another launch needs but the largest. None
+    if 2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
     """
-    padded, groups = weight.codes.shape[0] * TILE, weight.codes.shape[1]
-    cut = Cut.of(len(x), padded, groups)
-    if weight.out_features % cut.rows:
+    chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
+    slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
+    if slower or weight.out_features % chosen.rows:
         return None
-    active, peaks = _product(x, x_scale, weight, bias, dtype, cut, paired=True)
+    active, peaks = _product(x, x_scale, weight, bias, dtype, chosen, paired=True)
     width = active.shape[1]
     codes, scale = _made(len(x), width, x)
     block, warps = _shape(width, len(x)) if len(x) >= MULTIPROCESSORS else (PART, 4)

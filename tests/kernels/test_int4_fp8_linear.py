@@ -283,16 +283,16 @@ def test_swiglu_and_quantize(width, dtype):
     same_but_for_ties(codes, scale, (gate.double() / (1 + (-gate.double()).exp())).to(dtype) * up)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 20, 70, 130, 300] if DEVICE == "cuda" else [7, 20, 130])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize(
-    ("width", "inputs", "size", "zeros"), [(64, 256, 128, False), (96, 192, 64, True), (32, 2112, 32, False)]
+    ("width", "inputs", "size", "zeros"), [(64, 256, 128, False), (96, 192, 64, True), (32, 1056, 32, False)]
 )
-def test_swiglu_where_the_product_is_has_the_same_bits(width, inputs, size, zeros, tokens):
+def test_swiglu_where_the_product_is_has_the_same_bits(width, inputs, size, zeros, cut):
     packed, _ = weight(2 * width, inputs, size, zeros, magnitude=0.1)
     bias = torch.randn(2 * width, generator=generator(2)).to(DEVICE)
-    x = linear_launch.quantize(inputs_of(tokens, inputs))
-    codes, scale = linear_launch.gated(*x, packed, bias, NARROW)
-    expected, expected_scale = linear_launch.swiglu_quantize(linear_launch.linear(*x, packed, bias, NARROW))
+    x = linear_launch.quantize(inputs_of(7 if not cut.parts else 40, inputs))
+    codes, scale = linear_launch.gated(*x, packed, bias, NARROW, cut)
+    expected, expected_scale = linear_launch.swiglu_quantize(linear_launch.linear(*x, packed, bias, NARROW, cut))
     assert torch.equal(codes.view(BITS), expected.view(BITS))
     assert torch.equal(scale, expected_scale)
 
