@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml setup.py
 	touch $@
 
 test: $(VENV)/installed
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto  # a worker a core: threads of their own would wait for each other
 
 test-real: $(VENV)/installed
 	$(BIN)/pytest -m real

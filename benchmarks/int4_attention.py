@@ -3,8 +3,10 @@
     python benchmarks/int4_attention.py [--output FILE.json]
 
 Times are medians of CUDA-graph replays. The graph of a step goes through as many caches as take several times the L2
-cache, so that none is found there; SDPA gets keys and values of its own. 32 query heads, 8 key/value heads of 128,
-batch 1, a window of 128 recent keys. GB/s and the roofline count what a step has to read.
+cache, so that none is found there; SDPA gets random keys and, apart from them, values. 32 query heads, 8 key/value
+heads of 128, batch 1, a window of 128 recent keys. GB/s and the roofline count what a step has to read. `sdpa` is what
+PyTorch chooses by itself. `error` is that of the first cache's output against fp32 on the same numbers, and `peers'
+error` the largest of the peers'.
 """
 
 from __future__ import annotations
@@ -13,22 +15,24 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.kernels.int4_fp8 import attention_ops as ops
 from kit.kernels.int4_fp8 import hadamard
 from kit.kernels.int4_fp8.attention import KVStore
-from kit.kernels.int4_fp8.attention_reference import Heads
+from kit.kernels.int4_fp8.attention_reference import Heads, decode_kv, from_ring
 
 HEADS, KV_HEADS, DIM, WINDOW = 32, 8, 128, 128
 BANDWIDTH = 3.0e12  # bytes/s of a copy on an H100
 ROTATION = 2.0e8  # bytes that a graph goes through at least: four times the L2 cache
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+BACKENDS = {"sdpa": None, "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def microseconds(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
@@ -52,20 +56,45 @@ def microseconds(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def sdpa(query: Any, key: Any, value: Any, causal: bool) -> dict[str, float | str]:
-    """Times of PyTorch's backends on lists of tensors; what a backend refuses stands in its place."""
+def sdpa(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> dict[str, float | str]:
+    """Times of PyTorch's backends and their largest error; what a backend refuses stands in its place.
+
+    Args:
+        query: (1, H, T, D).
+        key, value: (n, 1, G, S, D): n to go through.
+    """
     found: dict[str, float | str] = {}
+    want = plain_attention(query, key[0].float(), value[0].float(), causal)
+    worst = 0.0
     for name, backend in BACKENDS.items():
 
-        def call(i: int, backend: SDPBackend = backend) -> Any:
-            with sdpa_kernel(backend):
+        def call(i: int, backend: SDPBackend | None = backend) -> Tensor:
+            with nullcontext() if backend is None else sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(query, key[i], value[i], is_causal=causal, enable_gqa=True)
 
         try:
+            worst = max(worst, relative(call(0), want))
             found[name] = microseconds([lambda i=i: call(i) for i in range(len(key))])  # type: ignore[misc]
         except RuntimeError as error:
             found[name] = str(error).splitlines()[0]
-    return found
+    return found | {"peers' error": worst}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||."""
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """(1, H, T, D) of the formula in fp32, a head at a time; keys and values (1, G, S, D)."""
+    outs = []
+    for head in range(HEADS):
+        group = head // (HEADS // KV_HEADS)
+        scores = query[0, head].float() @ key[0, group].T * DIM**-0.5
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        outs.append(scores.softmax(-1) @ value[0, group])
+    return torch.stack(outs)[None]
 
 
 def heads_options(device: str) -> Heads:
@@ -91,7 +120,7 @@ def decode_row(tokens: int, device: str) -> dict[str, Any]:
     bytes_read = 2 * KV_HEADS * ((tokens - WINDOW) * (DIM // 2 + 4) + WINDOW * DIM * 2)
     layers = int(ROTATION // bytes_read) + 1
     store = filled_store(layers, tokens, device)
-    q = torch.randn(1, 1, HEADS, DIM, device=device).to(torch.float8_e4m3fn).to(torch.float16)
+    q = (2 * torch.randn(1, 1, HEADS, DIM, device=device)).to(torch.float8_e4m3fn).to(torch.float16)
     unit = torch.ones(1, 1, HEADS, device=device)
 
     def step(i: int) -> Any:
@@ -100,12 +129,18 @@ def decode_row(tokens: int, device: str) -> dict[str, Any]:
             DIM**-0.5, None,
         )  # fmt: skip
 
+    coded = (decode_kv(store.codes[0, n], store.meta[0, n])[:, :, : tokens - WINDOW] for n in (0, 1))
+    recent = from_ring(store.recent[0], tokens)[0].float()
+    key, value = (torch.cat([c, r], 2) for c, r in zip(coded, recent, strict=True))
+    want = plain_attention(q.transpose(1, 2), key, value, False)
+    error = relative(step(0).transpose(1, 2), want)
     time = microseconds([lambda i=i: step(i) for i in range(layers)])  # type: ignore[misc]
     count = int(ROTATION // (4 * tokens * KV_HEADS * DIM)) + 1
     key, value = (torch.randn(count, 1, KV_HEADS, tokens, DIM, device=device).bfloat16() for _ in range(2))
-    peers = sdpa(torch.randn(1, HEADS, 1, DIM, device=device).bfloat16(), key, value, False)
+    peers = sdpa((2 * torch.randn(1, HEADS, 1, DIM, device=device)).bfloat16(), key, value, False)
     roofline = bytes_read / BANDWIDTH * 1e6
-    return {"step": tokens, "ours": time, **peers, "roofline": roofline, "GB/s": bytes_read / time * 1e-3}
+    row = {"step": tokens, "ours": time, "error": error, **peers, "roofline": roofline}
+    return row | {"GB/s": bytes_read / time * 1e-3}
 
 
 def prompt_row(tokens: int, device: str) -> dict[str, Any]:
@@ -163,7 +198,7 @@ def main() -> None:
         for tokens in map(int, filter(None, text.split(","))):
             rows.append(measure(tokens, "cuda"))
             print(
-                *(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
+                *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()),
                 sep=" | ",
                 flush=True,
             )

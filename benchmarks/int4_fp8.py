@@ -3,10 +3,11 @@
     python benchmarks/int4_fp8.py --output int4_fp8.json
 
 Every figure is the median of CUDA-graph replays, in microseconds a call; a graph goes through as many copies of a
-weight as fill the L2 cache more than twice. `roofline` is the least time that the bytes take at the measured copy
-bandwidth, or the operations at the measured FP8 rate, whichever is longer, as a share of what ours took. Inputs of
+weight as fill the L2 cache more than twice. `least` is the time that the bytes take at the measured copy bandwidth, or
+the operations at the measured FP8 rate, whichever is longer, and `roofline` its share of what ours took. Inputs of
 products are quantized already; `FFN` rows have everything in them but the norm. Peers: bf16 and row-wise FP8 of
 cuBLAS, `f8i4bf16_shuffled` of mslk (CUTLASS) where it is installed, tinygemm (bf16 activations) up to 64 tokens.
+`rounded` is ours with `exact=False`. The `ragged` product has 5001 outputs and 65 groups of 64 inputs.
 """
 
 from __future__ import annotations
@@ -22,12 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.kernels.int4_fp8 import PackedInt4, int4_fp8_linear, quantize_fp8, rms_norm_quantize, swiglu_quantize
+from kit.kernels.int4_fp8 import (
+    PackedInt4,
+    int4_fp8_linear,
+    int4_fp8_swiglu,
+    quantize_fp8,
+    rms_norm_quantize,
+    swiglu_quantize,
+)
 
 SHAPES = {"gate_up": (28672, 4096), "down": (4096, 14336), "qkv": (6144, 4096), "o": (4096, 4096)}
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 1024, 2048, 8192)
+RAGGED, RAGGED_TOKENS = (5001, 4160, 64), (1, 7, 13, 33, 65, 100, 129, 200, 257, 300)
 MODELS = {"Llama-3-8B": (4096, 14336), "Llama-2-7B": (4096, 11008)}
 GROUP, FP8 = 128, torch.float8_e4m3fn
+ROUNDED_FROM = 2048  # tokens, of `exact=False`
 ROTATED = 130e6  # bytes of weights that a graph goes through
 
 
@@ -44,6 +54,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{"copy_bytes_a_second": bandwidth, "fp8_operations_a_second": rate}]
     steps: list[Callable[[], list[dict[str, Any]]]] = [
         *(lambda name=name: products(name, bandwidth, rate) for name in SHAPES),
+        lambda: ragged_products(bandwidth, rate),
         lambda: quantizations(bandwidth),
         *(lambda model=model: feed_forward(model) for model in MODELS),
     ]
@@ -85,10 +96,10 @@ def rotating(call: Callable[[Any], Any], weights: list[Any], least: int) -> list
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    """Bytes a second, read and written, of a kernel over 1 GiB, which is faster than a copy."""
+    source = torch.randn(2**28, device="cuda")
     target = torch.empty_like(source)
-    return 2 * 2**30 / (replay([lambda: target.copy_(source)]) / 1e6)
+    return 2 * 2**30 / (replay([lambda: torch.neg(source, out=target)]) / 1e6)
 
 
 def fp8_rate() -> float:
@@ -103,11 +114,11 @@ def scaled_mm(x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> Tensor:
     return torch._scaled_mm(x, w.T, x_scale, w_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def packed_weight(outputs: int, inputs: int) -> PackedInt4:
+def packed_weight(outputs: int, inputs: int, group: int = GROUP) -> PackedInt4:
     """Random codes, and scales such that outputs have the size of inputs."""
-    shape = (-(-outputs // 64), inputs // GROUP, 64, GROUP // 2)
+    shape = (-(-outputs // 64), inputs // group, 64, group // 2)
     codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    scales = (torch.rand(inputs // GROUP, shape[0] * 64, device="cuda") + 0.5) / (4.6 * inputs**0.5)
+    scales = (torch.rand(inputs // group, shape[0] * 64, device="cuda") + 0.5) / (4.6 * inputs**0.5)
     return PackedInt4(codes, scales.bfloat16(), None, outputs, inputs)
 
 
@@ -146,6 +157,7 @@ def products(name: str, bandwidth: float, rate: float) -> list[dict[str, Any]]:
         "mslk": mslk_weights(outputs, inputs),
         "tinygemm": tinygemm_weights(outputs, inputs),
     }
+    weights["rounded"] = weights["kit"]
     count = copies(outputs, inputs, 8)
     weights["fp8"] = [torch.randn(outputs, inputs, device="cuda").to(FP8) for _ in range(count)]
     w_scale = torch.rand(1, outputs, device="cuda")
@@ -156,6 +168,7 @@ def products(name: str, bandwidth: float, rate: float) -> list[dict[str, Any]]:
         column = scale[:, None]
         calls: dict[str, Callable[[Any], Any]] = {
             "kit": lambda w, x8=x8, scale=scale: int4_fp8_linear((x8, scale), w),
+            "rounded": lambda w, x8=x8, scale=scale: int4_fp8_linear((x8, scale), w, exact=False),
             "bf16": lambda w, x=x: F.linear(x, w),
             "fp8": lambda w, x8=x8, column=column: scaled_mm(x8, w, column, w_scale),
             "mslk": lambda w, x8=x8, s=scale: torch.ops.mslk.f8i4bf16_shuffled(x8, w[0], s, w[1][1], w[1][0]),
@@ -164,11 +177,42 @@ def products(name: str, bandwidth: float, rate: float) -> list[dict[str, Any]]:
         micros = {
             peer: replay(rotating(call, weights[peer], 20 if tokens <= 256 else 4))
             for peer, call in calls.items()
-            if weights[peer] and (peer != "tinygemm" or tokens <= 64)
+            if weights[peer] and runs(peer, tokens)
         }
-        moved = outputs * inputs * 4.125 / 8 + tokens * (inputs + 2 * outputs)
-        least = max(moved / bandwidth, 2 * tokens * outputs * inputs / rate) * 1e6
-        rows.append({"product": name, "tokens": tokens, **micros, "roofline": round(least / micros["kit"], 3)})
+        floor = roofline(tokens, outputs, inputs, 4.125, bandwidth, rate, micros["kit"])
+        rows.append({"product": name, "tokens": tokens, **micros, **floor})
+    return rows
+
+
+def runs(peer: str, tokens: int) -> bool:
+    """Whether a peer is there for so many tokens."""
+    return {"tinygemm": tokens <= 64, "rounded": tokens >= ROUNDED_FROM}.get(peer, True)
+
+
+def roofline(
+    tokens: int, outputs: int, inputs: int, bits: float, bandwidth: float, rate: float, micros: float
+) -> dict[str, float]:
+    """The least microseconds that a product of a weight of so many bits can take, as a share of what it took too."""
+    moved = outputs * inputs * bits / 8 + tokens * (inputs + 2 * outputs)
+    least = max(moved / bandwidth, 2 * tokens * outputs * inputs / rate) * 1e6
+    return {"least": round(least, 2), "roofline": round(least / micros, 3)}
+
+
+def ragged_products(bandwidth: float, rate: float) -> list[dict[str, Any]]:
+    """Sizes that no tile divides: ours beside bf16, the only peer that takes them."""
+    outputs, inputs, group = RAGGED
+    weights = [packed_weight(outputs, inputs, group) for _ in range(copies(outputs, inputs, 4.25))]
+    wide = [torch.randn(outputs, inputs, device="cuda").bfloat16() for _ in range(copies(outputs, inputs, 16))]
+    rows = []
+    for tokens in RAGGED_TOKENS:
+        x = torch.randn(tokens, inputs, device="cuda").bfloat16()
+        quantized = quantize_fp8(x)
+        micros = {
+            "kit": replay(rotating(lambda w, q=quantized: int4_fp8_linear(q, w), weights, 20)),
+            "bf16": replay(rotating(lambda w, x=x: F.linear(x, w), wide, 20)),
+        }
+        floor = roofline(tokens, outputs, inputs, 4.25, bandwidth, rate, micros["kit"])
+        rows.append({"product": "ragged", "tokens": tokens, **micros, **floor})
     return rows
 
 
@@ -206,16 +250,20 @@ def feed_forward(model: str) -> list[dict[str, Any]]:
     for tokens in (1, 16, 64, 1024, 4096, 16384):
         x = torch.randn(tokens, hidden, device="cuda").bfloat16()
 
-        def ours(w: tuple[PackedInt4, PackedInt4], x: Tensor = x) -> Tensor:
-            gate_up = int4_fp8_linear(x, w[0])  # which quantizes x, in a launch of its own
-            return int4_fp8_linear(swiglu_quantize(gate_up), w[1])
+        def ours(w: tuple[PackedInt4, PackedInt4], x: Tensor = x, exact: bool = True) -> Tensor:
+            return int4_fp8_linear(int4_fp8_swiglu(quantize_fp8(x), w[0], exact=exact), w[1], exact=exact)
+
+        def rounded(w: tuple[PackedInt4, PackedInt4]) -> Tensor:
+            return ours(w, exact=False)
 
         def theirs(w: tuple[Tensor, Tensor], x: Tensor = x) -> Tensor:
             return F.linear(swiglu(F.linear(x, w[0])), w[1])
 
         least = 8 if tokens <= 1024 else 2
-        micros = {"kit": replay(rotating(ours, weights, least)), "bf16": replay(rotating(theirs, wide, least))}
-        rows.append({"FFN": model, "tokens": tokens, **micros, "faster": round(micros["bf16"] / micros["kit"], 2)})
+        calls = {"kit": (ours, weights), "rounded": (rounded, weights), "bf16": (theirs, wide)}
+        micros = {name: replay(rotating(call, of, least)) for name, (call, of) in calls.items() if runs(name, tokens)}
+        faster = {f"{name} faster": round(micros["bf16"] / micros[name], 2) for name in micros if name != "bf16"}
+        rows.append({"FFN": model, "tokens": tokens, **micros, **faster})
     return rows
 
 

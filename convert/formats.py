@@ -26,11 +26,14 @@ PACKED, FP8 = "pack-quantized", "float-quantized"
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one linear's weight is stored: 4 bits in groups of `group_size` (None: per channel), or FP8 per channel."""
+    """How one linear's weight is stored: 4 bits in groups of `group_size` (None: per channel), or FP8 per channel, or,
+    with 16-bit inputs, INT8 per channel (`integer`).
+    """
 
     bits: int
     group_size: int | None = None
     zero_point: bool = False
+    integer: bool = False
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Storage for each weight of an (N, K) matrix in bits, bf16 scales and zero points included."""
@@ -39,11 +42,11 @@ class WeightFormat:
 
     def arguments(self) -> dict[str, Any]:
         """The `weights` of a config group."""
-        if self.bits == 8:
+        if self.bits == 8 and not self.integer:
             return {**BASE, "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
         return {
             **BASE,
-            "num_bits": 4,
+            "num_bits": self.bits,
             "type": "int",
             "strategy": "channel" if self.group_size is None else "group",
             "group_size": self.group_size,
@@ -54,7 +57,7 @@ class WeightFormat:
 
     def __str__(self) -> str:
         if self.bits == 8:
-            return "FP8 per channel"
+            return f"{'INT' if self.integer else 'FP'}8 per channel"
         zero = ", zero points" if self.zero_point else ""
         return f"INT4 {'per channel' if self.group_size is None else f'group {self.group_size}'}{zero}"
 
@@ -92,10 +95,10 @@ def quantization_config(
     for number, form in enumerate(dict.fromkeys(formats.values())):
         names = [name for name, other in formats.items() if other == form]
         groups[f"group_{number}"] = {
-            "format": FP8 if form.bits == 8 else PACKED,
+            "format": FP8 if form.bits == 8 and not form.integer else PACKED,
             "targets": ["Linear"] if len(set(formats.values())) == 1 else _targets(names, [*formats, *untouched]),
             "weights": form.arguments(),
-            "input_activations": dict(FP8_TOKENS) if fp8_inputs else None,
+            "input_activations": dict(FP8_TOKENS) if fp8_inputs and not form.integer else None,
             "output_activations": None,
         }
     kinds = {group["format"] for group in groups.values()}
@@ -127,8 +130,11 @@ def _targets(names: list[str], all_names: list[str]) -> list[str]:
     mine: dict[str, list[str]] = {}
     for name in names:
         mine.setdefault(kind(name), []).append(name)
+    alone = {pattern for pattern, found in mine.items() if "." not in found[0]}  # lm_head: no pattern expects it
     return [
-        target for pattern, found in mine.items() for target in ([pattern] if len(found) == every[pattern] else found)
+        target
+        for pattern, found in mine.items()
+        for target in ([pattern] if len(found) == every[pattern] and pattern not in alone else found)
     ]
 
 
@@ -172,6 +178,8 @@ def refusals(
             reasons.append("rotation or scaling of keys at run time is no standard: the checkpoint needs its own code")
     if config["kv_cache_scheme"] is not None:
         found["vllm"].append("its kv_cache_scheme takes 8-bit floats only (use --set kv.bits=null)")
+    if "lm_head" not in config["ignore"]:
+        found["vllm"].append("a quantized output head was never tried with it (leave head out)")
     layers: dict[str, set[WeightFormat | None]] = {}
     for name, form in (formats or {}).items():
         if len(layer := name.split(".experts.")) == 2:

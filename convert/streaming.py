@@ -326,10 +326,11 @@ class StreamedModel:
         """Make the final norm, the output head, and the cap of the logits where there is one, resident."""
         norm = self._materialise(self._norm, f"{self.prefix}{self.family.norm}.")
         head = self.model.get_output_embeddings()
-        tied = "lm_head.weight" not in self.view
         resident = copy.deepcopy(head)
-        name = f"{self.prefix}{self.family.embedding}.weight" if tied else "lm_head.weight"
-        resident.load_state_dict({"weight": self._read(name)}, strict=False, assign=True)
+        own = [name for name in resident.state_dict() if f"lm_head.{name}" in self.view]  # a rounded one has several
+        tied = {} if own else {"weight": self._read(f"{self.prefix}{self.family.embedding}.weight")}
+        weights = {name: self._read(f"lm_head.{name}") for name in own} | tied
+        resident.load_state_dict(weights, strict=False, assign=True)
         cap = getattr(self.base.config, "final_logit_softcapping", None)
         return nn.Sequential(norm, resident.requires_grad_(False), *([SoftCap(cap)] if cap else []))
 

@@ -24,11 +24,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from kit.kernels.int4_fp8 import (
     PackedInt4,
     int4_fp8_linear,
+    int4_fp8_swiglu,
+    int8_linear,
     prepack,
     quantize_fp8,
     rms_norm_quantize,
-    swiglu_quantize,
     unpack_int4,
+    unpack_int8,
 )
 from kit.kernels.int4_fp8.attention import (
     KVStore,
@@ -101,6 +103,34 @@ class _StraightThrough(torch.autograd.Function):
         return (grads[0].float() @ ctx.packed.dequantize()).to(grads[0].dtype), None, None
 
 
+class KernelHead(QuantizedLinear):
+    """An output head in INT8, on a kernel.
+
+    Args:
+        linear: what it replaces.
+    """
+
+    codes: Tensor
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.fp8_inputs = self.int4 = False
+        self.int8 = self.quantize_inputs = True
+        self.register_buffer("codes", unpack_int8(linear.weight_packed, linear.in_features).contiguous())
+        self.weight_scale, self.bias = linear.weight_scale, linear.bias
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, (N, K) fp32."""
+        return self.codes.float() * self.weight_scale.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x.float(), self.dequantize()).to(x.dtype)
+        return int8_linear(x, self.codes, self.weight_scale[:, 0])
+
+
 class Product:
     """One or several linears of the same input as one product; they become `KernelLinear`s.
 
@@ -145,6 +175,10 @@ class Product:
     def __call__(self, x: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """(..., K), quantized or not, -> (..., N) in `dtype`."""
         return int4_fp8_linear(x, self.packed, self.bias, dtype, self.exact)
+
+    def swiglu(self, x: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """SwiGLU of the outputs, which are gates and up's, quantized: (..., N / 2) and a scale a token."""
+        return int4_fp8_swiglu(x, self.packed, self.bias, dtype, self.exact)
 
 
 class FusedLayer:
@@ -196,7 +230,7 @@ class FusedLayer:
         x = self.o(quantize_fp8(attended), x.dtype)
         norm = self.post_norm
         codes, scale, h = rms_norm_quantize(x, norm.weight, norm.variance_epsilon, h)  # type: ignore[misc]
-        return self.down(swiglu_quantize(self.gate_up((codes, scale), x.dtype)), x.dtype), h
+        return self.down(self.gate_up.swiglu((codes, scale), x.dtype), x.dtype), h
 
 
 class FusedCache(Cache):
@@ -359,6 +393,8 @@ class FusedModel:
         self.model, self.backend = model, backend
         config = self.config = model.config.get_text_config(decoder=True)
         self.layers = [FusedLayer(layer, config, exact) for layer in model.model.layers]
+        if getattr(model.lm_head, "int8", False) and model.lm_head.bias is None:
+            model.lm_head = KernelHead(model.lm_head)
         quantizations = [getattr(layer.self_attn, "quantization", None) for layer in model.model.layers]
         first: AttentionQuantization | None = quantizations[0]
         self.int4, self.symmetric = first is not None and first.kv is not None, first is not None and first.symmetric

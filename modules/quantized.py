@@ -44,6 +44,7 @@ from kit.kernels.int4_fp8 import (
     round_activations,
     table_weight,
     unpack_int4,
+    unpack_int8,
 )
 from kit.modules.cache import cache_argument
 from kit.modules.experts import separate_experts
@@ -75,7 +76,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer whose weight is stored as compressed-tensors stores it; shapes N output, K input features.
 
     Parameters: INT4 has weight_packed (N, ceil(K / 8)) int32, weight_scale (N, K / g), weight_shape (2,) int64 and,
-    with zero points, weight_zero_point (ceil(N / 8), K / g) int32, packed along its first dimension. FP8 has weight
+    with zero points, weight_zero_point (ceil(N / 8), K / g) int32, packed along its first dimension. INT8 has
+    weight_packed (N, ceil(K / 4)) int32, weight_scale (N, 1) and weight_shape. FP8 has weight
     (N, K) e4m3 and weight_scale (N, 1). Both may have bias (N,).
 
     Args:
@@ -101,14 +103,15 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.fp8_inputs, self.table, self.quantize_inputs = fp8_inputs, table, True
-        self.int4 = weights["type"] == "int"
+        self.int4, self.int8 = (weights["type"] == "int" and weights["num_bits"] == bits for bits in (4, 8))
         groups = in_features // weights["group_size"] if weights["strategy"] == "group" else 1
 
         def parameter(*shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
-        if self.int4:
-            self.weight_packed = parameter(out_features, -(-in_features // 8), dtype=torch.int32)
+        if self.int4 or self.int8:
+            each = 8 if self.int4 else 4
+            self.weight_packed = parameter(out_features, -(-in_features // each), dtype=torch.int32)
             self.weight_shape = parameter(2, dtype=torch.int64)
             if not weights["symmetric"]:
                 self.weight_zero_point = parameter(-(-out_features // 8), groups, dtype=torch.int32)
@@ -121,6 +124,8 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the weight, (N, K) fp32. Codes stay unpacked while scales are trained."""
+        if self.int8:
+            return unpack_int8(self.weight_packed, self.in_features).float() * self.weight_scale.float()
         if not self.int4:
             return self.weight.float() * self.weight_scale.float()
         codes = unpack_int4(self.weight_packed, self.in_features) if self._codes is None else self._codes
@@ -151,7 +156,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and format, for print(model)."""
-        weight = f"INT4, groups of {self.in_features // self.weight_scale.shape[1]}" if self.int4 else "FP8"
+        group = self.in_features // self.weight_scale.shape[1]
+        weight = f"INT4, groups of {group}" if self.int4 else "INT8" if self.int8 else "FP8"
         return f"{self.in_features}, {self.out_features}, {weight}, inputs {'FP8' if self.fp8_inputs else '16 bit'}"
 
 
@@ -591,11 +597,13 @@ def check_scheme(group: dict[str, Any]) -> None:
     weights, inputs = group["weights"], group.get("input_activations")
     int4 = (weights["num_bits"], weights["type"], weights["strategy"] in ("group", "channel")) == (4, "int", True)
     fp8 = (weights["num_bits"], weights["type"], weights["strategy"]) == (8, "float", "channel")
+    int8 = (weights["num_bits"], weights["type"], weights["strategy"]) == (8, "int", "channel") and inputs is None
     known = inputs is None or (inputs["num_bits"], inputs["type"], inputs["strategy"], inputs["dynamic"]) == (
         8, "float", "token", True
     )  # fmt: skip
-    if not ((int4 or fp8) and known) or weights.get("actorder") == "group" or (fp8 and not weights["symmetric"]):
-        raise ValueError(f"weights {weights} with inputs {inputs} are none of W4A16, W4AFP8 and FP8")
+    plain = int4 or weights["symmetric"]
+    if not ((int4 or fp8 or int8) and known and plain) or weights.get("actorder") == "group":
+        raise ValueError(f"weights {weights} with inputs {inputs} are none of W4A16, W4AFP8, FP8 and W8A16")
 
 
 def check_kv_scheme(kv: dict[str, Any] | None, head_dim: int) -> None:

@@ -12,7 +12,8 @@ The method moves outliers to where the number formats can hold them, at no cost 
      into each other; after RoPE, opt-in, the largest channels too;
    - rounding: clipping search, GPTQ with the FP8 rounding of the inputs in its second moment, then in turn scales
      fitted to codes and coordinate descent over codes.
-4. `tune` (opt-in): scales and norm gains trained on the whole model.
+4. `round_head` (opt-in): the output head in INT8.
+5. `tune` (opt-in): scales and norm gains trained on the whole model.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 ADVISED_BITS = 4.5  # a weight, scales included: room for some linears in FP8
 OUTLIER = 2  # times the mean error: a linear that the advice would rather keep in FP8
+HEAD_ROWS = 8192  # rows of the output head rounded at a time
 KV_SAMPLES = 2048  # tokens a layer on which the scales of keys are chosen
 SENSITIVITY_ROWS = 4
 EXPONENTS = ((0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.25, 0.5), (0.5, 0.5), (0.25, 0.0), (0.5, 0.0), (0.75, 0.25))
@@ -137,6 +139,9 @@ class FireqConfig(RecipeConfig):
     )
     kv: KvConfig = Field(default_factory=KvConfig, description="The cache of keys and values.")
     query: Literal["fp8"] | None = Field("fp8", description="Round queries to FP8; null keeps them in 16 bits.")
+    head: Literal["int8"] | None = Field(
+        None, description="Round the output head to INT8, its inputs in 16 bits; it is untied from the embedding."
+    )
     ignore: list[str] = Field(
         default_factory=list, description="Linears that stay as they are: names, or regular expressions behind re:."
     )
@@ -266,6 +271,8 @@ class Fireq(Recipe):
         left_out = set() if self.config.rotate_residual else {"rotate_residual"}
         if self.config.bits_budget is None:
             left_out |= {"measure_sensitivity", "choose_formats"}
+        if not self.config.head:
+            left_out.add("round_head")
         if not self.config.tune.steps:
             left_out.add("tune")
         return [stage for stage in self.stages() if stage.method not in left_out]
@@ -315,6 +322,9 @@ class Fireq(Recipe):
             kind = "symmetric" if self.config.kv.symmetric else "with zero points"
             latest = f"; the latest {self.config.kv.window} tokens in 16 bits" if self.config.kv.window else ""
             items.append(PlanItem("cache", f"INT4 {kind}, a scale a token and head, two numbers a byte{latest}"))
+        if self.config.head:
+            untied = f"; untying it adds {self._head_size(model) / 1e6:,.1f} MB" if self._head_size(model) else ""
+            items.append(PlanItem("head", f"{self._head_format()['lm_head']}, 16-bit inputs{untied}"))
         if self.config.rotate_residual:
             items.append(PlanItem("rotation", self._rotation_cost(model)))
         every = dict.fromkeys(self._linears(model)) | formats
@@ -434,7 +444,7 @@ class Fireq(Recipe):
     def build(self, model: ModelFacts) -> dict[str, Any]:
         """config.json with its quantization_config; a model_type of our own where the standard is left."""
         config = model.config | {"quantization_config": self._quantization_config(model, self.formats(model))}
-        if self.config.rotate_residual:
+        if self._own_head():
             config["tie_word_embeddings"] = False
         if self.config.format == "kit":
             prefix = config["architectures"][0].removesuffix("ForCausalLM")
@@ -446,14 +456,15 @@ class Fireq(Recipe):
 
     def result_bytes(self, model: ModelFacts) -> int:
         """Packed linears, and everything else in 16 bits."""
-        formats, bits = self.formats(model), 0.0
+        formats, bits = self.formats(model) | self._head_format(), 0.0
         for name, shape in model.shapes.items():
             count = 1
             for size in shape:
                 count *= size
             form = formats.get(name.removesuffix(".weight"))
             bits += count * (form.bits_per_weight(shape) if form else 16)
-        return int(bits / 8) + (2 * self._head_size(model) if self.config.rotate_residual else 0)
+        added = self._head_size(model) * (1 if self.config.head else 2) if self._own_head() else 0
+        return int(bits / 8) + added
 
     def _quantization_config(self, model: ModelFacts, formats: dict[str, WeightFormat]) -> dict[str, Any]:
         c = self.config
@@ -463,8 +474,12 @@ class Fireq(Recipe):
             extra |= {"center": c.kv.center, "rotate": c.kv.rotate, "shape": c.kv.shape, "window": c.kv.window}
             extra["post_rope"] = c.kv.post_rope_channels > 0
         return quantization_config(
-            formats,
-            untouched=["lm_head", *routers, *(name for name in self._linears(model) if name not in formats)],
+            formats | self._head_format(),
+            untouched=[
+                *([] if c.head else ["lm_head"]),
+                *routers,
+                *(name for name in self._linears(model) if name not in formats),
+            ],
             fp8_inputs=c.scheme != "W4A16",
             kv=kv_scheme(model.heads[2], c.kv.symmetric) if c.kv.bits else None,
             extra=extra,
@@ -492,6 +507,13 @@ class Fireq(Recipe):
     def _inputs(self) -> str:
         inputs = "16-bit inputs" if self.config.scheme == "W4A16" else "FP8 inputs, a scale a token"
         return inputs + (", FP8 queries" if self.config.query else "")
+
+    def _own_head(self) -> bool:
+        """Whether the output head becomes another matrix than the embedding."""
+        return self.config.rotate_residual or self.config.head is not None
+
+    def _head_format(self) -> dict[str, WeightFormat]:
+        return {"lm_head": WeightFormat(8, integer=True)} if self.config.head else {}
 
     def _head_size(self, model: ModelFacts) -> int:
         """Numbers that untying the head adds."""
@@ -633,6 +655,29 @@ class Fireq(Recipe):
             errors = [value for name, value in metrics.items() if name.endswith(" error")]
             metrics["error"] = sum(errors) / max(len(errors), 1)
         return metrics
+
+    @prepare_stage
+    def round_head(self, view: TensorView) -> dict[str, Any]:
+        """Round the output head to INT8, one scale a token of the vocabulary; the embedding stays as it is."""
+        import torch
+
+        from kit.kernels.int4_fp8 import pack_int8
+
+        weight = view.read("lm_head.weight" if "lm_head.weight" in view else "model.embed_tokens.weight")
+        packed, scales, lost, power = [], [], 0.0, 0.0
+        for part in weight.split(HEAD_ROWS):
+            part = part.float()
+            scale = (part.abs().amax(1, keepdim=True) / 127).to(torch.bfloat16).float()
+            scale = torch.where(scale == 0, 1.0, scale)
+            codes = (part / scale).round().clamp(-128, 127)
+            packed.append(pack_int8(codes.to(torch.int8)))
+            scales.append(scale)
+            lost += float((codes * scale - part).square().sum())
+            power += float(part.square().sum())
+        view.write("lm_head.weight_packed", torch.cat(packed))
+        view.write("lm_head.weight_scale", torch.cat(scales))
+        view.write("lm_head.weight_shape", torch.tensor(weight.shape))
+        return {"lm_head": lost / max(power, 1e-30)}
 
     @train_stage
     def tune(self, run: TrainRun) -> dict[str, Any]:

@@ -192,6 +192,8 @@ def attend_step(
 ) -> Tensor:
     """Attention of one new token a row, which goes into the ring of recent keys. `finish_step` follows the last layer.
 
+    Kernels read the number of tokens before the kernel before them has ended: qkv is to be made after `finish_step`.
+
     Args:
         qkv: (B, 1, (H + 2G)·D).
         cos, sin: (positions, D / 2).

@@ -6,6 +6,9 @@ first, as `reference.quantize_kv` lays bytes out. A nibble u in the lowest bits 
 u · 2^-24, in the next four u · 2^-20: masks turn words into operands of products, and scales make up for the powers.
 
 Positions are read from device memory, so that a CUDA graph of a step can be replayed.
+
+Kernels of a step start before the one before them has ended (programmatic dependent launch). What they read before they
+wait for it is at least one more kernel older: the number of tokens, constants, and what they only ask for.
 """
 
 from __future__ import annotations
@@ -13,11 +16,28 @@ from __future__ import annotations
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
     raise ImportError("Triton is not installed") from error
 
 LOW, HIGH = tl.constexpr(2.0**24), tl.constexpr(2.0**20)  # undo the two powers
 TINY = tl.constexpr(2.0**-126)
+ASK = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")  # for the line of 128 bytes at an address
+
+
+@triton.jit
+def ask(at, COMPILED: tl.constexpr):
+    """Have lines brought to the L2 cache; changes nothing."""
+    if COMPILED:
+        tl.inline_asm_elementwise(ASK, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def wait_for_last(COMPILED: tl.constexpr):
+    """Return when the kernel before has ended, and let the next one start."""
+    if COMPILED:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -159,14 +179,12 @@ def prepare(
         in_ring = ((batch * kv_heads + head).to(tl.int64) * RING + place % RING)[:, None] * DIM + wide[None, :]
         in_new = ((batch * kv_heads + head).to(tl.int64) * num_tokens + token)[:, None] * DIM + wide[None, :]
         if kind == 2:
+            wait_for_last(COMPILED)
             value = tl.load(source + wide[None, :], mask=ok[:, None], other=0.0)
             tl.store(recent_v + in_ring, value, mask=kept[:, None])
             if NEW:
                 tl.store(v_out + in_new, value, mask=ok[:, None])
         else:
-            # all that needs no position is asked for first, so that it arrives meanwhile
-            x = tl.load(source + columns[None, :], mask=ok[:, None], other=0.0)
-            y = tl.load(source + HALF + columns[None, :], mask=ok[:, None], other=0.0)
             upper = tl.load(rotation + columns[:, None] * DIM + wide[None, :])
             lower = tl.load(rotation + (HALF + columns[:, None]) * DIM + wide[None, :])
             shared = head // (heads // kv_heads) if kind == 0 else head
@@ -175,13 +193,15 @@ def prepare(
                 mean_x, mean_y = tl.load(key_mean + at), tl.load(key_mean + HALF + at)
             if SCALE:
                 first, second = tl.load(key_scale + at).to(tl.float32), tl.load(key_scale + HALF + at).to(tl.float32)
-            x, y = x.to(tl.float32), y.to(tl.float32)
-            if NORM:
-                x, y = normalised(x, y, q_norm if kind == 0 else k_norm, columns, ok, eps, HALF)
             position = tl.maximum(place - tl.load(start + batch, mask=ok, other=0), 0)
             angle = position.to(tl.int64)[:, None] * HALF + columns[None, :]
             c = tl.load(cos + angle, mask=ok[:, None], other=0.0).to(tl.float32)
             s = tl.load(sin + angle, mask=ok[:, None], other=0.0).to(tl.float32)
+            wait_for_last(COMPILED)
+            x = tl.load(source + columns[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
+            y = tl.load(source + HALF + columns[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
+            if NORM:
+                x, y = normalised(x, y, q_norm if kind == 0 else k_norm, columns, ok, eps, HALF)
             # each product is rounded, as transformers' are
             x, y = bf16_of(bf16_of(x * c) - bf16_of(y * s)), bf16_of(bf16_of(y * c) + bf16_of(x * s))
             if CENTER:
@@ -240,11 +260,13 @@ def encode(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):
     """INT4 codes of tokens `length` to `length + num_tokens - 1`; a program has ROWS tokens of a head's keys or values.
+    Grid (P · T / ROWS,): a second axis ends at 65,535, which 32 layers of 8 heads reach with 128 rows.
 
     Noise shaping goes by blocks of BLOCK channels: within a block, error after error; what earlier blocks leave to a
-    later one is a product.
+    later one is a product. Tokens are columns there, so that a thread has all channels of a token.
 
     Args:
         x: (P, slots, DIM) bf16, P = layers · 2 · B · G; a ring that has token t at t mod slots (RING), or new tokens.
@@ -252,18 +274,20 @@ def encode(
         order: (layers · 2 · G, DIM) int32, and factor (layers · 2 · G, DIM, DIM), of `shaping_factor` (SHAPE).
         codes: (P, capacity, DIM / 2) uint8.
         meta: (P, capacity) int32, scale and zero point + 8, two bf16 numbers.
-        errors: (P, T padded to ROWS, DIM) fp32, and unpacked, the same in uint8: room to work in (SHAPE).
+        errors: (programs, DIM, ROWS) fp32, and unpacked, the same in uint8: room to work in (SHAPE).
         whole_keys, whole_values: (B, G, T, DIM), of one layer: code - zero point, and that times the scale (WHOLE).
         kv_rows: B·G.
     """
-    p = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(num_tokens, ROWS)
+    p = (tl.program_id(0) // blocks).to(tl.int64)
     HALF: tl.constexpr = DIM // 2
     now = tl.load(length)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     ok = token < num_tokens
     slot = (now + token) % slots if RING else token
     source = x + (p * slots + slot)[:, None] * DIM
     half = tl.arange(0, HALF)[None, :]
+    wait_for_last(COMPILED)
     first = tl.load(source + half, mask=ok[:, None], other=0.0).to(tl.float32)
     second = tl.load(source + HALF + half, mask=ok[:, None], other=0.0).to(tl.float32)
     low = tl.minimum(tl.min(first, 1), tl.min(second, 1))
@@ -281,32 +305,37 @@ def encode(
     if not SYMMETRIC:
         zero = tl.minimum(tl.maximum(nearest(-8.0 - tl.div_rn(low, scale)), -8.0), 7.0)
     if SHAPE:
-        row = (p * (tl.num_programs(0) * ROWS) + token)[:, None] * DIM
         which = (p // kv_rows) * kv_heads + p % kv_heads
         order += which * DIM
         factor += which * DIM * DIM
+        column = tl.arange(0, ROWS)
+        room = tl.program_id(0).to(tl.int64) * (DIM * ROWS) + column
+        mine = x + (p * slots + slot) * DIM
         inner = tl.arange(0, BLOCK)
         for block in range(DIM // BLOCK):
-            channel = tl.load(order + block * BLOCK + inner)[None, :]
-            left = tl.load(source + channel, mask=ok[:, None], other=0.0).to(tl.float32)
-            left = tl.div_rn(left, scale[:, None]) + zero[:, None]
+            spreading = tl.zeros([BLOCK, ROWS], tl.float32)
             for before in range(block):
-                error = tl.load(errors + row + before * BLOCK + inner[None, :])
-                spread = tl.load(factor + (before * BLOCK + inner)[:, None] * DIM + block * BLOCK + inner[None, :])
-                left -= tl.dot(error, spread.to(tl.float32), input_precision="ieee")
-            error = tl.zeros_like(left)
-            for step in tl.static_range(BLOCK):  # unrolled, so that factors are asked for early
-                mine = inner[None, :] == step
-                value = tl.sum(tl.where(mine, left, 0.0), 1)
-                lost = value - tl.minimum(tl.maximum(nearest(value), -8.0), 7.0)
-                error = tl.where(mine, lost[:, None], error)
-                spread = tl.load(factor + (block * BLOCK + step) * DIM + block * BLOCK + inner).to(tl.float32)[None, :]
-                left = tl.where(inner[None, :] > step, left - lost[:, None] * spread, left)
-            tl.store(errors + row + block * BLOCK + inner[None, :], error)
-            tl.store(unpacked + row + channel, (left - error + 8.0).to(tl.int32).to(tl.uint8))
+                error = tl.load(errors + room[None, :] + (before * BLOCK + inner)[:, None] * ROWS)
+                spread = tl.load(factor + (before * BLOCK + inner)[None, :] * DIM + (block * BLOCK + inner)[:, None])
+                spreading = tl.dot(spread.to(tl.float32), error, spreading, input_precision="tf32x3")
+            tl.store(errors + room[None, :] + (block * BLOCK + inner)[:, None] * ROWS, spreading)
             tl.debug_barrier()  # what was stored is read by other threads
-        lower = tl.load(unpacked + row + half).to(tl.int32)
-        upper = tl.load(unpacked + row + HALF + half).to(tl.int32)
+            lost = ()
+            for step in tl.static_range(BLOCK):
+                at = block * BLOCK + step
+                channel = tl.load(order + at)
+                value = tl.load(mine + channel, mask=ok, other=0.0).to(tl.float32)
+                value = tl.div_rn(value, scale) + zero - tl.load(errors + room + at * ROWS)
+                for before in tl.static_range(step):
+                    value -= lost[before] * tl.load(factor + (block * BLOCK + before) * DIM + at).to(tl.float32)
+                code = tl.minimum(tl.maximum(nearest(value), -8.0), 7.0)
+                lost = lost + (value - code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no stars)
+                tl.store(errors + room + at * ROWS, value - code)
+                tl.store(unpacked + room + channel * ROWS, (code + 8.0).to(tl.int32).to(tl.uint8))
+            tl.debug_barrier()
+        channel = tl.arange(0, HALF)[:, None]
+        lower = tl.trans(tl.load(unpacked + room[None, :] + channel * ROWS)).to(tl.int32)
+        upper = tl.trans(tl.load(unpacked + room[None, :] + (HALF + channel) * ROWS)).to(tl.int32)
     else:
         lower = nearest(tl.div_rn(first, scale[:, None]) + zero[:, None])
         upper = nearest(tl.div_rn(second, scale[:, None]) + zero[:, None])
@@ -400,16 +429,25 @@ def decode(
     now = tl.load(length)
     seen_from = tl.maximum(tl.load(start + batch), now + 1 - sliding)
     q += (pair * QUERIES + row)[:, None] * DIM
+    end = tl.maximum(now + 1 - WINDOW, 0)  # tokens before it are read as codes, from `first_block` on
+    first_block = tl.minimum(seen_from, end) // BT
+    each = tl.cdiv(tl.cdiv(end, BT) - first_block, max(SPLITS, 1))
+    low = first_block + split * each
+    high = tl.minimum(low + each, tl.cdiv(end, BT))
+    if split < SPLITS:
+        lines = (pair * capacity + low * BT) * (DIM // 2) + tl.arange(0, BT * DIM // 256) * 128
+        if low < high:
+            ask(codes.to(tl.pointer_type(tl.uint8)) + lines, COMPILED)
+            ask(codes.to(tl.pointer_type(tl.uint8)) + pairs * capacity * (DIM // 2) + lines, COMPILED)
+            few = pair * capacity + low * BT + tl.arange(0, BT // 32) * 32
+            ask(meta + few, COMPILED)
+            ask(meta + pairs * capacity + few, COMPILED)
+    wait_for_last(COMPILED)
     row_scale = tl.load(q_scale + pair * QUERIES + row, mask=real, other=0.0) * scale
     highest = tl.full([16], -float("inf"), tl.float32)
     total = tl.zeros([16], tl.float32)
     part = parts + ((pair * ALL + split) * QUERIES + row)[:, None] * DIM
     if split < SPLITS:
-        end = tl.maximum(now + 1 - WINDOW, 0)
-        begin = tl.minimum(seen_from, end) // BT
-        each = tl.cdiv(tl.cdiv(end, BT) - begin, max(SPLITS, 1))
-        low = begin + split * each
-        high = tl.minimum(low + each, tl.cdiv(end, BT))
         q0 = tl.load(q + 2 * quarter[None, :], mask=real[:, None], other=0.0)
         q1 = tl.load(q + DIM // 2 + 2 * quarter[None, :], mask=real[:, None], other=0.0)
         q2 = tl.load(q + 1 + 2 * quarter[None, :], mask=real[:, None], other=0.0)

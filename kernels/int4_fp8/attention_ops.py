@@ -14,7 +14,8 @@ from kit.kernels.int4_fp8.attention_reference import Heads
 PROGRAMS = 396  # of `decode` that run at a time on an H100 or H200: three on each of its 132 multiprocessors
 NEAR_KEYS = 64  # recent keys a program
 PROMPT_ROWS = 32  # pairs (token, head) a program of `prepare`, of prompts
-SHAPED_ROWS = 64  # tokens a program of `encode`, of prompts
+NEAREST_ROWS = 64  # tokens a program of `encode`, of prompts whose codes are the nearest
+SHAPED_ROWS = 32  # tokens a program of `encode`, a thread each, where codes are noise-shaped
 SHAPED_CHANNELS = 16  # channels whose errors are spread one by one
 LOG2E = 1.4426950408889634
 NO_LIMIT = 2**30  # keys a query may see, where there is no limit
@@ -67,6 +68,7 @@ def _prepare(
             q, unit, kv[0], kv[1], recent[0], recent[1], tokens, batch, heads, groups, qkv.stride(1), eps, dim**-0.5,
             NORM=q_norm is not None, CENTER=key_mean is not None, SCALE=key_scale is not None, ROTATE=rotate, FP8=fp8,
             NEW=new, RING=ring, DIM=dim, ROWS=rows, COMPILED=COMPILED, num_warps=4, num_stages=1,
+            launch_pdl=COMPILED,
         )  # fmt: skip
     return q, unit, kv
 
@@ -144,20 +146,20 @@ def encode(
         Keys as code - zero point, which `meta` has the scales of, and values, each (B, G, T, D); empty unless `whole`.
     """
     layers, _, batch, groups, slots, dim = x.shape
-    rows = 16 if tokens <= 16 or order is None else SHAPED_ROWS
+    rows = SHAPED_ROWS if order is not None else 16 if tokens <= 16 else NEAREST_ROWS
     programs = layers * 2 * batch * groups
     shape = (batch, groups, tokens, dim) if whole else (0,)
     keys = torch.empty(shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
     values = torch.empty(shape, dtype=x.dtype, device=x.device)
-    room = (programs, triton.cdiv(tokens, rows) * rows, dim) if order is not None else (0,)
+    room = (triton.cdiv(tokens, rows) * programs, dim, rows) if order is not None else (0,)
     errors = torch.empty(room, dtype=torch.float32, device=x.device)
     unpacked = torch.empty(room, dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x):
-        kernels.encode[(triton.cdiv(tokens, rows), programs)](
+        kernels.encode[(programs * triton.cdiv(tokens, rows),)](
             x, length, length if order is None else order, errors if factor is None else factor, codes, meta, errors,
             unpacked, keys, values, tokens, batch * groups, groups, slots, meta.shape[-1], SYMMETRIC=symmetric,
             SHAPE=order is not None, RING=ring, WHOLE=whole, DIM=dim, BLOCK=SHAPED_CHANNELS, ROWS=rows,
-            num_warps=1 if tokens <= 16 else 4, num_stages=1,
+            COMPILED=COMPILED, num_warps=4 if order is None and tokens > 16 else 1, num_stages=1, launch_pdl=COMPILED,
         )  # fmt: skip
     return keys, values
 
@@ -218,7 +220,7 @@ def decode(
             batch, groups, scale * LOG2E, NO_LIMIT if sliding is None else sliding, QUERIES=queries, DIM=dim, RING=ring,
             WINDOW=window, SPLITS=coded, NEAR=near, PADDED=padded,
             SLOTS=triton.next_power_of_2(coded + near), CHUNK=max(8192 // (padded * dim), 1), BT=block, STAGES=3,
-            COMPILED=COMPILED,             num_warps=dim // 32, num_stages=1,
+            COMPILED=COMPILED, num_warps=dim // 32, num_stages=1, launch_pdl=COMPILED,
         )  # fmt: skip
     return out
 

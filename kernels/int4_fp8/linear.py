@@ -20,18 +20,21 @@ from kit.kernels.int4_fp8.packing import PackedInt4
 from kit.kernels.int4_fp8.reference import FP8, quantize_activations
 
 try:
-    from kit.kernels.int4_fp8.linear_launch import MAX_WIDTH
+    from kit.kernels.int4_fp8.linear_launch import FEW, MAX_WIDTH
     from kit.kernels.int4_fp8.linear_launch import expand as gpu_expand
+    from kit.kernels.int4_fp8.linear_launch import gated as gpu_gated
     from kit.kernels.int4_fp8.linear_launch import linear as gpu_linear
+    from kit.kernels.int4_fp8.linear_launch import linear_int8 as gpu_linear_int8
     from kit.kernels.int4_fp8.linear_launch import norm_quantize as gpu_norm_quantize
     from kit.kernels.int4_fp8.linear_launch import quantize as gpu_quantize
     from kit.kernels.int4_fp8.linear_launch import swiglu_quantize as gpu_swiglu_quantize
 
     HAS_TRITON = True
 except ImportError:
-    HAS_TRITON, MAX_WIDTH = False, 0
+    HAS_TRITON, FEW, MAX_WIDTH = False, 0, 0
 
 EXPANDED_FROM = 2048  # tokens that make up for writing the weight out in FP8
+EXPANDED_ROWS = 8192  # of a weight in INT8, in 16 bits at a time
 NAMESPACE = f"kit_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
 
 
@@ -75,6 +78,45 @@ def int4_fp8_linear(
         x = quantize_fp8(x)
     codes, scale = x
     return _linear(
+        codes, scale, weight.codes, weight.scales, weight.zeros, weight.out_features, weight.in_features, bias, dtype,
+        exact,
+    )  # fmt: skip
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Y = X Wᵀ, W in INT8 with a scale a row: up to 16 tokens in bf16 on our kernel, else in x's dtype by parts of W.
+
+    Args:
+        x: (..., K).
+        codes: (N, K) int8.
+        scale: (N,).
+
+    Returns:
+        (..., N) in x's dtype.
+    """
+    return _linear_int8(x, codes, scale)
+
+
+def int4_fp8_swiglu(
+    x: tuple[Tensor, Tensor],
+    weight: PackedInt4,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`swiglu_quantize` of `int4_fp8_linear`, the same numbers; SwiGLU is done where the product is, as far as
+    that is faster.
+
+    Args:
+        x: (..., K) e4m3 and (...,) fp32.
+        weight: (2 I, K), gates first.
+        bias, dtype, exact: as for `int4_fp8_linear`.
+
+    Returns:
+        (..., I) e4m3 and (...,) fp32.
+    """
+    codes, scale = x
+    return _linear_swiglu(
         codes, scale, weight.codes, weight.scales, weight.zeros, weight.out_features, weight.in_features, bias, dtype,
         exact,
     )  # fmt: skip
@@ -172,6 +214,53 @@ def _expanded(x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | Non
 @_linear.register_fake
 def _(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact):
     return codes.new_empty(*codes.shape[:-1], outputs, dtype=dtype)
+
+
+@_operation
+def _linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    rows = _rows(x)
+    if _on_kernels(x, 0) and x.dtype == torch.bfloat16 and len(rows) <= 2 * FEW:
+        with torch.cuda.device_of(x):
+            return gpu_linear_int8(rows, codes, scale).view(*x.shape[:-1], len(codes))
+    y = x.new_empty(*x.shape[:-1], len(codes))
+    for first in range(0, len(codes), EXPANDED_ROWS):
+        part = slice(first, first + EXPANDED_ROWS)
+        y[..., part] = F.linear(x, codes[part].to(x.dtype)) * scale[part]
+    return y
+
+
+@_linear_int8.register_fake
+def _(x, codes, scale):
+    return x.new_empty(*x.shape[:-1], len(codes))
+
+
+@_operation
+def _linear_swiglu(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    zeros: Tensor | None,
+    outputs: int,
+    inputs: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    tokens = codes.numel() // inputs
+    if _on_kernels(codes, 0) and (exact or tokens < EXPANDED_FROM):
+        packed = PackedInt4(weight, weight_scale, zeros, outputs, inputs)
+        with torch.cuda.device_of(codes):
+            made = gpu_gated(_rows(codes), scale.reshape(-1).contiguous(), packed, bias, dtype)
+        if made is not None:
+            return made[0].view(*codes.shape[:-1], outputs // 2), made[1].view(codes.shape[:-1])
+    y = _linear(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact)
+    return _swiglu_quantize(y)
+
+
+@_linear_swiglu.register_fake
+def _(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact):
+    return _fake_quantized(codes, outputs // 2)
 
 
 def _fake_quantized(x: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # no Triton on this platform: the dispatch takes the PyTorch path
     raise ImportError("Triton is not installed") from error
 
-from kit.kernels.int4_fp8.quantize_kernel import e4m3_bits, wait_for_others
+from kit.kernels.int4_fp8.quantize_kernel import e4m3_bits, magnitude_bits, silu, wait_for_others
 
 TILE = tl.constexpr(64)  # rows whose codes lie together
 COUNTS = ["num_tokens", "num_groups", "groups_each", "token_blocks"]  # a new value compiles nothing anew
@@ -66,13 +66,47 @@ TO_FP8 = tl.constexpr("""{
     lop3.b32 plus, plus, 0x81818181, 0, 0x0c;
     add.u32 $1, bits, plus;
 }""")
+# Four int8 -> bf16. 0x43 over seven bits n is the bf16 number 128 + n, and over a sign bit alone 128 or 256.
+BYTES_TO_BF16 = tl.constexpr("""{
+    .reg .b32 low, sign, first, second;
+    and.b32 low, $2, 0x7f7f7f7f;
+    and.b32 sign, $2, 0x80808080;
+    prmt.b32 first, low, 0x43434343, 0x4140;
+    prmt.b32 second, sign, 0x43434343, 0x4140;
+    sub.rn.bf16x2 $0, first, second;
+    prmt.b32 first, low, 0x43434343, 0x4342;
+    prmt.b32 second, sign, 0x43434343, 0x4342;
+    sub.rn.bf16x2 $1, first, second;
+}""")
 FP8_UNIT = tl.constexpr(512.0)  # what codes in e4m3 were divided by
 
 ASK = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 @triton.jit
-def ask_and_wait(codes, tile, first, last, num_groups, BN: tl.constexpr, HALF: tl.constexpr, LINES: tl.constexpr):
+def rows_of(tile, local, num_outputs, BN: tl.constexpr, PAIRED: tl.constexpr):
+    """The rows of W that a program has: BN that lie together or, PAIRED, BN / 2 gates and the same of up's.
+
+    They come in turns of 8: a gate and its up are then 8 rows apart, where one thread has the sums of both.
+    """
+    if PAIRED:
+        return tile * (BN // 2) + local // 16 * 8 + local % 8 + local % 16 // 8 * (num_outputs // 2)
+    return tile * BN + local
+
+
+@triton.jit
+def ask_and_wait(
+    codes,
+    tile,
+    first,
+    last,
+    num_groups,
+    num_outputs,
+    BN: tl.constexpr,
+    HALF: tl.constexpr,
+    LINES: tl.constexpr,
+    PAIRED: tl.constexpr,
+):
     """Ask for a program's first LINES lines of 128 bytes of codes, then wait for the last kernel.
 
     Args:
@@ -83,9 +117,9 @@ def ask_and_wait(codes, tile, first, last, num_groups, BN: tl.constexpr, HALF: t
         GROUP_LINES: tl.constexpr = BN * HALF // 128 if BN < TILE else TILE * HALF // 128
         line = tl.arange(0, LINES)
         group = tl.minimum(first + line // GROUP_LINES, last - 1)
-        row = tile * BN
+        row = rows_of(tile, line % GROUP_LINES * 128 // HALF, num_outputs, BN, PAIRED)
         block = (row // TILE).to(tl.int64) * num_groups + group
-        at = codes + block * (TILE * HALF) + (row % TILE) * HALF + line % GROUP_LINES * 128
+        at = codes + block * (TILE * HALF) + (row % TILE) * HALF
         tl.inline_asm_elementwise(ASK, "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1)
     gdc_wait()
 
@@ -150,6 +184,30 @@ def store_rows(acc, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, H
 
 
 @triton.jit
+def store_active(acc, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens, num_outputs, HAS_BIAS: tl.constexpr):
+    """Write SiLU(gate) · up of sums (gates and then up's, tokens) as `quantize_kernel.swiglu_rows` rounds it.
+
+    Args:
+        out: (M, I).
+        peaks: (M, tiles) int32, the bits of the largest magnitude in each tile.
+    """
+    there = tokens < num_tokens
+    acc *= tl.load(x_scale + tokens, mask=there, other=0.0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + rows).to(tl.float32)[:, None]
+    kind: tl.constexpr = out.dtype.element_ty
+    HALF_ROWS: tl.constexpr = acc.shape[0] // 2
+    both = acc.to(kind).to(tl.float32).reshape(HALF_ROWS // 8, 2, 8, acc.shape[1]).permute(0, 2, 3, 1)
+    gate, up = tl.split(both)
+    active = (silu(gate, kind) * up).reshape(HALF_ROWS, acc.shape[1])
+    row = tile * HALF_ROWS + tl.arange(0, HALF_ROWS)
+    at = tokens.to(tl.int64)[None, :] * (num_outputs // 2) + row[:, None]
+    tl.store(out + at, active.to(kind), mask=there[None, :])
+    peak = tl.max(magnitude_bits(active.to(kind).to(tl.float32)), 0)
+    tl.store(peaks + tokens * (num_outputs // acc.shape[0]) + tile, peak, mask=there)
+
+
+@triton.jit
 def finish(
     acc,
     x_scale,
@@ -157,6 +215,8 @@ def finish(
     partial,
     counter,
     out,
+    peaks,
+    tile,
     rows,
     tokens,
     split,
@@ -164,10 +224,17 @@ def finish(
     num_outputs,
     HAS_BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
-    """Write Y, or with splits of K this split's part; the program that comes last adds all parts, in one order."""
+    """Write Y, or what `store_active` makes of it (PAIRED); with splits of K this split's part.
+
+    The program that comes last at a tile adds all parts, in one order.
+    """
     if SPLITS == 1:
-        store_rows(acc, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+        if PAIRED:
+            store_active(acc, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+        else:
+            store_rows(acc, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
     else:
         part = num_tokens * num_outputs
         at = tokens[None, :] * num_outputs + rows[:, None]
@@ -178,7 +245,10 @@ def finish(
             total = tl.zeros(acc.shape, tl.float32)
             for other in tl.static_range(SPLITS):
                 total += tl.load(partial + other * part + at, mask=ok, other=0.0, cache_modifier=".cg")
-            store_rows(total, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+            if PAIRED:
+                store_active(total, x_scale, bias, out, peaks, tile, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
+            else:
+                store_rows(total, x_scale, bias, out, rows, tokens, num_tokens, num_outputs, HAS_BIAS)
             tl.store(counter, 0)
 
 
@@ -194,6 +264,7 @@ def few_tokens(
     partial,
     counters,
     out,
+    peaks,
     num_tokens,
     num_inputs,
     num_outputs,
@@ -204,6 +275,7 @@ def few_tokens(
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     HALF: tl.constexpr,
@@ -212,7 +284,8 @@ def few_tokens(
     LINES: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """Y for M <= BM, bound by reading codes. Grid (N padded / BN, SPLITS).
+    """Y for M <= BM, bound by reading codes. Grid (N padded / BN, SPLITS), or (N / BN, SPLITS) if PAIRED: then the
+    outputs are gates and up's, and the result is what `store_active` makes of them.
 
     Each of STEP warps multiplies a group of its own, with fp16 operands (exact: codes and e4m3 numbers are fp16
     numbers); what they have summed is added at the end.
@@ -225,12 +298,13 @@ def few_tokens(
         bias: (N,), read with HAS_BIAS.
         partial: (SPLITS, M, N) fp32, scratch.
         counters: a tile each, int32, zero before and after.
-        out: (M, N).
+        out: (M, N), or (M, N / 2) if PAIRED.
+        peaks: of `store_active`.
         EVEN: K is a whole number of groups.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    rows = tile * BN + tl.arange(0, BN)
+    rows = rows_of(tile, tl.arange(0, BN), num_outputs, BN, PAIRED)
     tokens = tl.arange(0, BM)
     there = tokens < num_tokens
     lane = tl.arange(0, STEP)
@@ -246,7 +320,7 @@ def few_tokens(
     acc = tl.zeros([STEP, BN, BM], tl.float32)
     scale = tl.load(scales + first * padded + row_at, mask=(first + lane < last)[:, None], other=0.0)
     if not PLAIN:
-        ask_and_wait(codes, tile, first, last, num_groups, BN, HALF, LINES)
+        ask_and_wait(codes, tile, first, last, num_groups, num_outputs, BN, HALF, LINES, PAIRED)
     for group in tl.range(first, last, STEP, num_stages=STAGES):
         inside = group + lane < last
         ahead = group + STEP
@@ -267,9 +341,62 @@ def few_tokens(
         gdc_launch_dependents()
     total = tl.sum(acc, 0)
     finish(
-        total, x_scale, bias, partial, counters + tile, out, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS,
-        SPLITS,
+        total, x_scale, bias, partial, counters + tile, out, peaks, tile, rows, tokens, split, num_tokens, num_outputs,
+        HAS_BIAS, SPLITS, PAIRED,
     )  # fmt: skip
+
+
+@triton.jit
+def bytes_bf16(words, PLAIN: tl.constexpr):
+    """int8 -> bf16."""
+    if PLAIN:
+        return words.to(tl.float32)
+    return tl.inline_asm_elementwise(BYTES_TO_BF16, "=r,=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def few_tokens_int8(
+    x,
+    codes,
+    scales,
+    out,
+    num_tokens,
+    num_inputs,
+    num_outputs,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """Y (M, N) for M <= BM, inputs of 16 bits and a weight in INT8, bound by reading it. Grid (N / BN,).
+
+    As in `few_tokens`, each of STEP warps multiplies BK inputs of its own; bf16 holds codes as they are.
+
+    Args:
+        x: (M, K) bf16.
+        codes: (N, K) int8, and scales (N,).
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.arange(0, BM)
+    inside = rows < num_outputs
+    k = (tl.arange(0, STEP) * BK)[:, None] + tl.arange(0, BK)[None, :]
+    at = codes + rows.to(tl.int64)[None, :, None] * num_inputs + k[:, None, :]
+    x_at = x + (tokens * num_inputs)[None, :, None] + k[:, None, :]
+    acc = tl.zeros([STEP, BN, BM], tl.float32)
+    scale = tl.load(scales + rows, mask=inside, other=0.0).to(tl.float32)
+    wait_for_others(PLAIN)
+    for start in tl.range(0, num_inputs, STEP * BK, num_stages=STAGES):
+        there = (start + k < num_inputs)[:, None, :]
+        words = tl.load(at + start, mask=there & inside[None, :, None], other=0)
+        values = tl.load(x_at + start, mask=there & (tokens < num_tokens)[None, :, None], other=0.0)
+        if PLAIN:
+            values = values.to(tl.float32)
+        acc = tl.dot(bytes_bf16(words, PLAIN), values.permute(0, 2, 1), acc, input_precision="ieee")
+    total = tl.sum(acc, 0) * scale[:, None]
+    ok = inside[:, None] & (tokens < num_tokens)[None, :]
+    tl.store(out + tokens[None, :] * num_outputs + rows[:, None], total.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -322,6 +449,7 @@ def many_tokens(
     partial,
     counters,
     out,
+    peaks,
     num_tokens,
     num_inputs,
     num_outputs,
@@ -333,6 +461,7 @@ def many_tokens(
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -357,7 +486,7 @@ def many_tokens(
     tile = inner // width
     first_token = (start + inner % width) * (BM * PARTS)
     tokens = first_token + tl.arange(0, BM)
-    rows = tile * BN + tl.arange(0, BN)
+    rows = rows_of(tile, tl.arange(0, BN), num_outputs, BN, PAIRED)
     byte = tl.arange(0, HALF)
     k = tl.arange(0, 2 * HALF)
     first = split * groups_each
@@ -370,7 +499,7 @@ def many_tokens(
     acc1 = acc
     scale = tl.load(scales + first * padded + rows)
     if not PLAIN:
-        ask_and_wait(codes, tile, first, last, num_groups, BN, HALF, LINES)
+        ask_and_wait(codes, tile, first, last, num_groups, num_outputs, BN, HALF, LINES, PAIRED)
     for group in tl.range(first, last, num_stages=STAGES):
         next_scale = tl.load(scales + tl.minimum(group + 1, last - 1) * padded + rows)
         operand = codes_fp8(tl.load(at + group * (TILE * HALF)), PLAIN)
@@ -391,11 +520,14 @@ def many_tokens(
     if not PLAIN:
         gdc_launch_dependents()
     counter = counters + pid * PARTS
-    finish(acc, x_scale, bias, partial, counter, out, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS, SPLITS)
+    finish(
+        acc, x_scale, bias, partial, counter, out, peaks, tile, rows, tokens, split, num_tokens, num_outputs, HAS_BIAS,
+        SPLITS, PAIRED,
+    )  # fmt: skip
     if PARTS == 2:
         finish(
-            acc1, x_scale, bias, partial, counter + 1, out, rows, tokens + BM, split, num_tokens, num_outputs,
-            HAS_BIAS, SPLITS,
+            acc1, x_scale, bias, partial, counter + 1, out, peaks, tile, rows, tokens + BM, split, num_tokens,
+            num_outputs, HAS_BIAS, SPLITS, PAIRED,
         )  # fmt: skip
 
 

@@ -10,14 +10,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kit.kernels.counters import counters_of
-from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, group_sums, many_tokens, triton
+from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, few_tokens_int8, group_sums, many_tokens, triton
 from kit.kernels.int4_fp8.packing import TILE, PackedInt4
-from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_rows, swiglu_rows
+from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_parts, quantize_rows, swiglu_rows
 from kit.kernels.int4_fp8.reference import FP8
 
 FEW = 8  # tokens up to which `few_tokens` runs, up to twice as many for weights of at most SMALL groups
 SMALL = 2**18
 MAX_WIDTH = 65536  # features of a token that a quantizing program holds
+PAIRED_UP_TO = 2048  # tokens up to which SwiGLU is done where the product is
+PART = 1024  # features of a token that a program of `quantize_parts` holds
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -89,11 +91,53 @@ def linear(
     cut: Cut | None = None,
 ) -> Tensor:
     """Y (M, N) = x_scale · (x Wᵀ) + b of x (M, K) e4m3 and x_scale (M,) fp32; all contiguous, on one device."""
+    return _product(x, x_scale, weight, bias, dtype, cut, paired=False)[0]
+
+
+def gated(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedInt4,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    cut: Cut | None = None,
+) -> tuple[Tensor, Tensor] | None:
+    """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first.
+
+    The product's programs have gates and up's of the same outputs, so that another launch needs but the largest. None
+    if 2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
+    """
+    chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
+    slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
+    if slower or weight.out_features % chosen.rows:
+        return None
+    active, peaks = _product(x, x_scale, weight, bias, dtype, chosen, paired=True)
+    width = active.shape[1]
+    codes, scale = _made(len(x), width, x)
+    block, warps = _shape(width, len(x)) if len(x) >= MULTIPROCESSORS else (PART, 4)
+    quantize_parts[(len(x), triton.cdiv(width, block))](
+        active, peaks, codes.view(torch.uint8), scale, width, peaks.shape[1],
+        PEAKS=triton.next_power_of_2(peaks.shape[1]), BLOCK=block, PLAIN=not x.is_cuda, num_warps=warps,
+        launch_pdl=x.is_cuda,
+    )  # fmt: skip
+    return codes, scale
+
+
+def _product(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedInt4,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    cut: Cut | None,
+    paired: bool,
+) -> tuple[Tensor, Tensor]:
+    """Y and, of paired outputs, peaks (`linear_kernel.store_active`)."""
     rows, inputs, outputs = *x.shape, weight.out_features
     tiles, groups, _, half = weight.codes.shape
     padded = tiles * TILE
     cut = cut or Cut.of(rows, padded, groups)
-    y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    y = torch.empty(rows, outputs // 2 if paired else outputs, dtype=dtype, device=x.device)
     plain = not x.is_cuda
     sums, zeros = x_scale, weight.scales
     if weight.zeros is not None:
@@ -113,8 +157,10 @@ def linear(
     each = triton.cdiv(triton.cdiv(groups, step), cut.splits) * step
     splits = triton.cdiv(groups, each)
     blocks = triton.cdiv(rows, cut.tokens * max(cut.parts, 1))
-    programs = padded // cut.rows * blocks
-    partial, counters = y, y
+    programs = (outputs if paired else padded) // cut.rows * blocks
+    partial, counters, peaks = y, y, y
+    if paired:
+        peaks = torch.empty(rows, outputs // cut.rows, dtype=torch.int32, device=x.device)
     if splits > 1:
         partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
         counters = counters_of(weight.codes, programs * max(cut.parts, 1))
@@ -136,8 +182,8 @@ def linear(
     grid = (programs, splits)
     if not cut.parts:
         few_tokens[grid](
-            x.view(torch.uint8), x_scale, weight.codes, weight.scales, zeros, sums, bias, partial, counters, y, rows,
-            inputs, outputs, padded, groups, each, STEP=step, **options,
+            x.view(torch.uint8), x_scale, weight.codes, weight.scales, zeros, sums, bias, partial, counters, y, peaks,
+            rows, inputs, outputs, padded, groups, each, STEP=step, PAIRED=paired, **options,
         )  # fmt: skip
     else:
         given: Any = x.view(torch.uint8) if plain else x
@@ -146,9 +192,19 @@ def linear(
             given = TensorDescriptor(x, [rows, inputs], [inputs, 1], [cut.tokens, 2 * half])
         many_tokens[grid](
             given, x_scale, weight.codes, weight.scales, zeros, sums, bias, partial,
-            counters, y, rows, inputs, outputs, padded, groups, each, blocks, PARTS=cut.parts, TOGETHER=cut.together,
-            DESCRIPTOR=by_descriptor, **options,
+            counters, y, peaks, rows, inputs, outputs, padded, groups, each, blocks, PAIRED=paired, PARTS=cut.parts,
+            TOGETHER=cut.together, DESCRIPTOR=by_descriptor, **options,
         )  # fmt: skip
+    return y, peaks
+
+
+def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Y (M, N) of at most 2 FEW tokens x (M, K) and a weight of codes (N, K) int8 and scales (N,); all contiguous."""
+    y = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+    few_tokens_int8[(triton.cdiv(len(codes), 16),)](
+        x, codes, scale, y, len(x), x.shape[1], len(codes), BM=FEW if len(x) <= FEW else 2 * FEW, BN=16, BK=128,
+        STEP=4, STAGES=4, PLAIN=not x.is_cuda, num_warps=4, launch_pdl=x.is_cuda,
+    )  # fmt: skip
     return y
 
 

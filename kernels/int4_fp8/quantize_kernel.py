@@ -1,4 +1,5 @@
-"""Triton kernels that quantize activations to FP8, alone or behind an RMSNorm or a SwiGLU. One program a token.
+"""Triton kernels that quantize activations to FP8, alone or behind an RMSNorm or a SwiGLU. One program a token, but
+where its largest magnitude is known.
 
 They start before the kernel before them has ended, and let the next one do so (programmatic dependent launch): a
 product's programs then spread over a device that is all but idle, and ask for their weights meanwhile.
@@ -46,9 +47,20 @@ def wait_for_others(PLAIN: tl.constexpr):
 
 
 @triton.jit
-def store_quantized(x, out, scale, token, k, ok, width, PLAIN: tl.constexpr):
-    """Quantize a token's fp32 numbers, zero where not ok: `reference.quantize_activations`."""
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # of the largest magnitude; a NaN is above infinity
+def magnitude_bits(x):
+    """The bits of |x| (fp32), ordered as the magnitudes are; a NaN is above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def silu(x, kind: tl.constexpr):
+    """SiLU of x (fp32), rounded to `kind`, in fp32."""
+    return (x / (1.0 + tl.exp(-x))).to(kind).to(tl.float32)
+
+
+@triton.jit
+def store_quantized(x, bits, out, scale, token, k, ok, width, PLAIN: tl.constexpr):
+    """Quantize fp32 numbers of a token, `bits` those of its largest magnitude: `reference.quantize_activations`."""
     largest = bits.to(tl.float32, bitcast=True)
     factor = tl.maximum(tl.div_rn(largest, MAX), 1.1754943508222875e-38)
     factor = tl.where(bits == 0, 1.0, factor)
@@ -65,7 +77,7 @@ def quantize_rows(x, out, scale, stride, width, BLOCK: tl.constexpr, PLAIN: tl.c
     ok = k < width
     wait_for_others(PLAIN)
     values = tl.load(x + token * stride + k, mask=ok, other=0.0).to(tl.float32)
-    store_quantized(values, out, scale, token, k, ok, width, PLAIN)
+    store_quantized(values, tl.max(magnitude_bits(values)), out, scale, token, k, ok, width, PLAIN)
 
 
 @triton.jit
@@ -99,7 +111,8 @@ def norm_rows(
         h = h.to(tl.float32)
     root = 1.0 / tl.sqrt_rn(tl.sum(h * h) / width + eps)
     normed = (h * root).to(kind).to(tl.float32)
-    store_quantized((normed * gain).to(kind).to(tl.float32), out, scale, token, k, ok, width, PLAIN)
+    normed = (normed * gain).to(kind).to(tl.float32)
+    store_quantized(normed, tl.max(magnitude_bits(normed)), out, scale, token, k, ok, width, PLAIN)
 
 
 @triton.jit
@@ -112,5 +125,28 @@ def swiglu_rows(gate_up, out, scale, width, BLOCK: tl.constexpr, PLAIN: tl.const
     wait_for_others(PLAIN)
     gate = tl.load(gate_up + token * 2 * width + k, mask=ok, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * 2 * width + width + k, mask=ok, other=0.0).to(tl.float32)
-    active = (gate / (1.0 + tl.exp(-gate))).to(kind).to(tl.float32)
-    store_quantized((active * up).to(kind).to(tl.float32), out, scale, token, k, ok, width, PLAIN)
+    active = (silu(gate, kind) * up).to(kind).to(tl.float32)
+    store_quantized(active, tl.max(magnitude_bits(active)), out, scale, token, k, ok, width, PLAIN)
+
+
+@triton.jit
+def quantize_parts(
+    x,
+    peaks,
+    out,
+    scale,
+    width,
+    num_peaks,
+    PEAKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    """x (M, K) -> e4m3 bytes (M, K) and fp32 (M,), by the largest of `peaks` (M, num_peaks). Grid (M, K / BLOCK)."""
+    token = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = k < width
+    peak = tl.arange(0, PEAKS)
+    wait_for_others(PLAIN)
+    bits = tl.load(peaks + token * num_peaks + peak, mask=peak < num_peaks, other=0)
+    values = tl.load(x + token * width + k, mask=ok, other=0.0).to(tl.float32)
+    store_quantized(values, tl.max(bits), out, scale, token, k, ok, width, PLAIN)  # all store the same scale

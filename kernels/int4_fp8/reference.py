@@ -18,7 +18,7 @@ FP8_MIN_SUBNORMAL = 2.0**-9
 INT4_MIN, INT4_MAX = -8, 7
 
 
-# ---- INT4, eight in an int32
+# ---- INT4, eight in an int32; INT8, four
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -33,9 +33,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     Returns:
         (..., ceil(K / 8)), int32.
     """
-    unsigned = F.pad(codes.to(torch.int64) - INT4_MIN, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    words = (unsigned << (4 * torch.arange(8, device=codes.device))).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return _pack(codes, 4)
 
 
 def unpack_int4(packed: Tensor, size: int) -> Tensor:
@@ -43,6 +41,23 @@ def unpack_int4(packed: Tensor, size: int) -> Tensor:
     shifts = 4 * torch.arange(8, device=packed.device, dtype=torch.int32)
     nibbles = ((packed[..., None] >> shifts) & 15).to(torch.int8)
     return nibbles.flatten(-2)[..., :size] + INT4_MIN
+
+
+def pack_int8(codes: Tensor) -> Tensor:
+    """The same of codes in [-128, 127], four in a word: (..., K) -> (..., ceil(K / 4)) int32."""
+    return _pack(codes, 8)
+
+
+def unpack_int8(packed: Tensor, size: int) -> Tensor:
+    """Undo `pack_int8`: (..., ceil(size / 4)) int32 -> (..., size) int8."""
+    return (packed.contiguous().view(torch.uint8) ^ 128).view(torch.int8)[..., :size]
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    each = 32 // bits
+    unsigned = F.pad(codes.to(torch.int64) + 2 ** (bits - 1), (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    words = (unsigned << (bits * torch.arange(each, device=codes.device))).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 # ---- weights
@@ -111,6 +126,11 @@ def cast_fp8(x: Tensor) -> Tensor:
 # ---- activations
 
 
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number, to the same bits on every device: on a GPU, PyTorch multiplies by 1 / number, and ties turn."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dynamic FP8, one scale a token.
 
@@ -123,7 +143,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, (largest / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
+    scale = torch.where(largest == 0, 1.0, divided(largest, FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny))
     return cast_fp8(x / scale), torch.where(largest.isfinite(), scale, torch.nan)
 
 
@@ -175,11 +195,11 @@ def quantize_kv(x: Tensor, symmetric: bool, order: Tensor | None = None, factor:
     """
     x = x.float()
     if symmetric:
-        scale = _cache_scale(x.abs().amax(-1, keepdim=True) / 7.5)
+        scale = _cache_scale(divided(x.abs().amax(-1, keepdim=True), 7.5))
         zero = torch.zeros_like(scale)
     else:
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        scale = _cache_scale((high - low) / 15)
+        scale = _cache_scale(divided(high - low, 15))
         zero = (INT4_MIN - low / scale).round().clamp(INT4_MIN, INT4_MAX)
     if order is None or factor is None:
         codes = (x / scale + zero).round().clamp(INT4_MIN, INT4_MAX)

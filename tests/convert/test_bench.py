@@ -137,6 +137,18 @@ def test_a_config_measures_random_weights_beside_sixteen_bits(tmp_path):
     assert found["settings"]["random_weights"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")
+def test_steps_on_a_gpu_are_captured_of_both_models(tmp_path):
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY))
+    sizes = {"batches": [1, 3], "contexts": [200], "new_tokens": 4, "repeats": 1, "dtype": "auto", "device": "cuda"}
+    rows = bench(None, base="16bit", config=str(file), **sizes)["rows"]
+    assert [row["kernels"] for row in rows] == [True, True, False, False]
+    assert all(row["graph"] for row in rows)
+    assert all(row["peak_bytes"] > row["weight_bytes"] for row in rows)
+    assert rows[1]["cache_bytes"] == 3 * rows[0]["cache_bytes"]
+
+
 def test_options_that_do_not_fit_together_are_refused_before_anything_loads():
     sizes = {"batches": [1], "contexts": [8], "new_tokens": 2, "repeats": 1, "dtype": "auto", "device": "cpu"}
     for model, base, config in ((None, None, None), ("x", None, "llama-3-8b"), (None, "x", "llama-3-8b")):

@@ -313,6 +313,21 @@ def test_full_sizes(case):
 
 
 @needs_gpu
+def test_layers_and_rows_beyond_an_axis_of_a_grid():
+    layers, batch, groups, dim = 32, 130, 8, 64  # 66,560 rings of keys or values
+    store = KVStore.empty(layers, batch, 1, groups, dim, int4=True, window=16, device=DEVICE)
+    store.recent.copy_(torch.randn(store.recent.shape, generator=torch.Generator().manual_seed(0)))
+    store.length += 3
+    attention.finish_step(store)
+    for layer in (0, layers - 1):
+        latest = store.recent[layer, :, :, :, 3:4]
+        for part, codes, meta in zip(latest, store.codes[layer], store.meta[layer], strict=True):
+            want = reference.encode(part, False)
+            assert torch.equal(codes[:, :, 3:4], want[0])
+            assert torch.equal(meta[:, :, 3:4], want[1])
+
+
+@needs_gpu
 def test_a_captured_step_is_replayed_at_growing_lengths():
     o = heads_of(8, 2, 128)
     stores, (cos, sin) = [store_of(o, 1, 256, window=32) for _ in range(2)], angles(128)

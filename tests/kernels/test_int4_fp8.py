@@ -105,6 +105,16 @@ def test_activation_codes_are_the_float64_rounding():
     assert torch.equal(codes.double(), round_e4m3(x))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_gpu_rounds_as_a_cpu_does(symmetric):
+    x = normal(64, 4, 128).bfloat16()  # short mantissas: many of the quotients are ties
+    for got, want in zip(quantize_activations(x.cuda()), quantize_activations(x), strict=True):
+        assert torch.equal(got.cpu().view(torch.uint8), want.view(torch.uint8))
+    x = x.float()[None]
+    assert torch.equal(quantize_kv(x.cuda(), symmetric).cpu(), quantize_kv(x, symmetric))
+
+
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1.0, 1e4, 1e37])
 def test_activation_error_is_within_the_format(magnitude):
     """Half a unit in the last place, 2^-4 of the number, or half the smallest number, 2^-10 of the scale."""

@@ -14,6 +14,7 @@ from kit.kernels.int4_fp8 import (
     PackedInt4,
     dequantize_weight,
     int4_fp8_linear,
+    int8_linear,
     prepack,
     quantize_fp8,
     rms_norm_quantize,
@@ -24,7 +25,7 @@ from kit.kernels.int4_fp8.reference import quantize_activations
 
 if not HAS_TRITON:
     pytest.skip("no Triton", allow_module_level=True)
-from kit.kernels.int4_fp8 import linear_launch
+from kit.kernels.int4_fp8 import linear, linear_launch
 from kit.kernels.int4_fp8.linear_launch import Cut
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,6 +47,20 @@ CUTS = [
     Cut(64, 32, 1, 4, 3, 2),
     Cut(64, 32, 2, 4, 2, 2),
 ]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that nobody has written reads as NaN."""
+    empty = torch.empty
+
+    def fill(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        if out.dtype == torch.float8_e4m3fn:
+            out.view(BITS).fill_(127)
+        return out.fill_(math.nan) if out.dtype in (torch.float32, torch.bfloat16, torch.float16) else out
+
+    monkeypatch.setattr(torch, "empty", fill)
 
 
 def generator(seed):
@@ -138,13 +153,19 @@ def test_every_cut_is_the_formula(outputs, inputs, size, zeros, cut):
     assert not y[1].any()
 
 
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "size", "zeros"),
+    [(192, 384, 128, False), *([(333, 640, 128, True), (100, 576, 64, False)] if DEVICE == "cuda" else [])],
+)
 @pytest.mark.parametrize("tokens", range(1, 301) if DEVICE == "cuda" else [1, 8, 9, 16, 17, 32, 33, 65, 130])
-def test_every_number_of_tokens(tokens):
-    packed, exact = weight(192, 384, 128, False)
-    x = inputs_of(tokens, 384)
-    y = linear_launch.linear(*quantize_fp8(x), packed, None, torch.float32)
-    assert y.shape == (tokens, 192)
+def test_every_number_of_tokens(tokens, outputs, inputs, size, zeros):
+    packed, exact = weight(outputs, inputs, size, zeros)
+    x = inputs_of(tokens, inputs)
+    codes, scale = quantize_fp8(x)
+    y = linear_launch.linear(codes, scale, packed, None, torch.float32)
+    assert y.shape == (tokens, outputs)
     close(y, product(x, exact))
+    assert torch.equal(linear_launch.linear(codes, scale, packed, None, torch.float32), y)
 
 
 @pytest.mark.parametrize(("of_x", "of_w"), [(1e-30, 1e-2), (1e4, 1e30), (1e30, 1e-30), (1.0, 1e-30)])
@@ -210,7 +231,7 @@ def test_quantization_is_the_specification_to_the_bit(width, dtype):
     x = (torch.randn(6, width, generator=generator(0)) * 30).to(dtype).to(DEVICE)
     x[1], x[2, 0], x[3, -1] = 0, math.nan, math.inf
     codes, scale = (t.cpu() for t in linear_launch.quantize(x))
-    expected, expected_scale = quantize_activations(x.cpu())  # on a GPU, PyTorch divides by 448 as 1 / 448 times
+    expected, expected_scale = quantize_activations(x.cpu())
     assert torch.equal(codes.view(BITS)[[0, 1, 4, 5]], expected.view(BITS)[[0, 1, 4, 5]])
     torch.testing.assert_close(scale, expected_scale[:, 0], rtol=0, atol=0, equal_nan=True)
 
@@ -260,6 +281,41 @@ def test_swiglu_and_quantize(width, dtype):
     codes, scale = linear_launch.swiglu_quantize(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     same_but_for_ties(codes, scale, (gate.double() / (1 + (-gate.double()).exp())).to(dtype) * up)
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize(
+    ("width", "inputs", "size", "zeros"), [(64, 256, 128, False), (96, 192, 64, True), (32, 1056, 32, False)]
+)
+def test_swiglu_where_the_product_is_has_the_same_bits(width, inputs, size, zeros, cut):
+    packed, _ = weight(2 * width, inputs, size, zeros, magnitude=0.1)
+    bias = torch.randn(2 * width, generator=generator(2)).to(DEVICE)
+    x = linear_launch.quantize(inputs_of(7 if not cut.parts else 40, inputs))
+    codes, scale = linear_launch.gated(*x, packed, bias, NARROW, cut)
+    expected, expected_scale = linear_launch.swiglu_quantize(linear_launch.linear(*x, packed, bias, NARROW, cut))
+    assert torch.equal(codes.view(BITS), expected.view(BITS))
+    assert torch.equal(scale, expected_scale)
+
+
+def test_swiglu_is_left_to_another_launch_where_programs_cannot_pair_outputs():
+    for width, tokens in ((36, 1), (72, 20)):
+        packed, _ = weight(2 * width, 256, 128, False)
+        given = linear_launch.quantize(inputs_of(tokens, 256))
+        assert linear_launch.gated(*given, packed, None, torch.float32) is None
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 20])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 128), (100, 576), (33, 1000)])
+def test_a_weight_in_int8_is_the_formula(outputs, inputs, tokens):
+    g = generator(0)
+    codes = torch.randint(-128, 128, (outputs, inputs), generator=g, dtype=torch.int8)
+    codes[0, :2] = torch.tensor([-128, 127])
+    scale = torch.rand(outputs, generator=g).bfloat16()
+    x = inputs_of(tokens, inputs).bfloat16()
+    expected = x.cpu().double() @ (codes.double() * scale.double()[:, None]).T
+    close(int8_linear(x, codes.to(DEVICE), scale.to(DEVICE)), expected, 4e-3)
+    if tokens <= 2 * linear_launch.FEW:
+        close(linear_launch.linear_int8(x, codes.to(DEVICE), scale.to(DEVICE)), expected, 4e-3)
 
 
 # ---- dispatch
@@ -351,6 +407,22 @@ def test_many_tokens_may_take_the_rounded_weight():
     y = int4_fp8_linear(quantize_fp8(x), packed, bias, exact=False)
     error = (y.double().cpu() - product(x, exact, bias)).norm() / product(x, exact, bias).norm()
     assert 1e-3 < error < 0.035
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_an_older_gpu_multiplies_dequantized_weights_and_says_so_once(monkeypatch):
+    packed, exact = weight(100, 256, 64, True)
+    x = inputs_of(5, 256)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    linear._is_hopper.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Hopper") as said:
+            found = [int4_fp8_linear(x, packed) for _ in range(2)]
+        assert len(said) == 1
+    finally:
+        linear._is_hopper.cache_clear()
+    for y in found:
+        close(y, product(x, exact))
 
 
 def test_a_packed_weight_is_made_of_what_a_module_registers():

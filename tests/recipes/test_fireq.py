@@ -14,6 +14,7 @@ from kit.convert.evaluate import evaluate
 from kit.convert.inspect import cache_bytes
 from kit.convert.pipeline import Options, convert
 from kit.convert.progress import Progress
+from kit.kernels.int4_fp8 import unpack_int8
 from kit.modules.cache import carried_cache
 from kit.recipes import load_recipes
 from kit.recipes.fireq import Fireq
@@ -63,6 +64,7 @@ def test_folds_keep_the_function_and_rounding_beats_plain_rounding(quantize, fam
         ("scheme=W4A16",),
         ("scheme=FP8",),
         ("bits_budget=6",),
+        ("head=int8",),
     ],
     ids=str,
 )
@@ -168,6 +170,26 @@ def test_rotating_the_residual_stream_unties_the_head(quantize):
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     base = kit.load(str(source), dtype="float32")
     assert kl(base, kit.load(str(out), dtype="float32")) < 0.5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_int8_is_untied_and_holds_what_it_held(quantize, make_model, tied):
+    source = make_model("llama", dtype=torch.bfloat16, **(SHAPE | {"tie_word_embeddings": tied}))
+    _, out, _ = quantize("head=int8", *PLAIN, source=source)
+    _, plain, _ = quantize(*PLAIN, source=source, name="plain")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    stored, before = load_file(out / "model.safetensors"), load_file(source / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(stored[name], before[name])
+    head = before[name if tied else "lm_head.weight"].double()
+    scale = stored["lm_head.weight_scale"].double()
+    rounded = unpack_int8(stored["lm_head.weight_packed"], head.shape[1]).double() * scale
+    assert "lm_head.weight" not in stored
+    assert ((rounded - head).abs() <= 0.501 * scale + 1e-9).all()
+    other = {key: value for key, value in load_file(plain / "model.safetensors").items() if "lm_head" not in key}
+    assert all(torch.equal(value, stored[key]) for key, value in other.items())
+    base = kit.load(str(source), dtype="float32")
+    assert kl(base, kit.load(str(out), dtype="float32")) < kl(base, kit.load(str(plain), dtype="float32")) + 0.02
 
 
 def test_a_budget_buys_fp8_linears(quantize):
