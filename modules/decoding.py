@@ -107,7 +107,7 @@ def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
     if mixer.carried_shapes() and not layer.is_recurrent_states_initialized[0]:
         return False
     opts = mixer.options
-    group, dim = opts.num_heads // opts.num_states, opts.head_dim
+    group, dim = opts.num_heads // opts.num_key_value_heads, opts.head_dim
     keys = 2 ** (mixer.window_size + mixer.num_sinks - 1).bit_length() if mixer.ring else 0
     sizes = {dim} | ({mixer.features} if mixer.features else set())
     return sizes <= {32, 64, 128, 256} and group <= 16 and keys <= 512 and keys * dim <= MOST_NUMBERS
