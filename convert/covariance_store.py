@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ from kit.convert.errors import KitError, closest
 from kit.convert.progress import Progress
 from kit.convert.recipe import ModelFacts
 from kit.convert.streaming import StreamedModel, TensorView
-from kit.convert.work import disk_errors
+from kit.convert.work import replacing
 
 FORMAT = "kit-covariances-1"
 
@@ -103,11 +102,8 @@ class Covariances:
 
         about = {"linears": self.linears, "tokens": self.tokens, "sources": self.sources}
         metadata = {"format": FORMAT, "fingerprint": self.fingerprint} | {k: json.dumps(v) for k, v in about.items()}
-        part = path.with_name(f".{path.name}.part")
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
             save_file(self.packed, part, metadata=metadata)
-            os.replace(part, path)
 
     @classmethod
     def load(cls, path: Path) -> Covariances:

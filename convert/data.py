@@ -453,8 +453,9 @@ def sample_from_model(
     import torch
 
     progress = progress or Progress()
-    allowed = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
-    blocked = torch.ones(model.config.get_text_config().vocab_size, dtype=torch.bool, device=model.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    allowed = ordinary_tokens(tokenizer, vocabulary)
+    blocked = torch.ones(vocabulary, dtype=torch.bool, device=model.device)
     blocked[allowed] = False
     batch_size = batch_size or _rows_at_once(model, seq_len)
     generator = torch.Generator().manual_seed(seed)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from kit.convert import work
 from kit.convert.errors import usage_error
-from kit.convert.work import disk_errors
 
 
 def check_files(
@@ -43,21 +43,9 @@ def check_files(
         )
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a sibling to write, which then becomes `path`; an error leaves the earlier file as it was.
-
-    Raises:
-        KitError: if the disk is full or the folder cannot be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    with disk_errors(path, "run the same command again"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+def replacing(path: Path) -> AbstractContextManager[Path]:
+    """`work.replacing` of a command that does not resume."""
+    return work.replacing(path, "run the same command again")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ Of each token's distribution the likeliest next tokens are kept, and how much is
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 from kit.convert.distill import LOGITS_AT_ONCE
 from kit.convert.learned import TEACHER_TOKENS
 from kit.convert.streaming import StreamedModel, streamed_hidden
-from kit.convert.work import disk_errors
+from kit.convert.work import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,10 +74,8 @@ class CachedTeacher:
                 file = self.stem.with_name(f"{self.stem.name}.teacher-{number:04d}.safetensors")
                 if not file.exists():
                     teacher = teacher or model()
-                    with disk_errors(file):
-                        temporary = file.with_suffix(".part")
-                        save_file(_distributions(teacher, part, top_k)._asdict(), temporary)
-                        os.replace(temporary, file)
+                    with replacing(file) as unfinished:
+                        save_file(_distributions(teacher, part, top_k)._asdict(), unfinished)
                 self.starts.append(start)
                 self._files.append(safe_open(file, framework="pt"))
                 progress.step(len(part.input_ids))

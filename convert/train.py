@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from math import isfinite
@@ -17,7 +16,7 @@ from kit.convert.errors import ExitCode, KitError
 from kit.convert.passes import Pass, Passes
 from kit.convert.progress import Progress
 from kit.convert.recipe import SAVE_EVERY, TrainConfig
-from kit.convert.work import disk_errors
+from kit.convert.work import replacing
 
 
 def bf16_is_fast(device: str) -> bool:
@@ -180,10 +179,8 @@ def _save(
     for number, parameter in enumerate(trained):
         state = optimizer.state[parameter] | {"value": parameter.detach()}
         tensors |= {f"{number}.{key}": value.cpu().contiguous() for key, value in state.items()}
-    part = file.with_suffix(".part")
-    with disk_errors(file):
+    with replacing(file) as part:
         save_file(tensors, part, metadata={"training": json.dumps(described), "losses": json.dumps(losses)})
-        os.replace(part, file)
 
 
 def _restore(

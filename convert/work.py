@@ -21,11 +21,11 @@ from kit.convert.errors import ExitCode, KitError
 if TYPE_CHECKING:
     from torch import Tensor
 
+GO_ON = "run the same command with --resume: finished layers are kept"
+
 
 @contextmanager
-def disk_errors(
-    path: Path, again: str = "run the same command with --resume: finished layers are kept"
-) -> Iterator[None]:
+def disk_errors(path: Path, again: str = GO_ON) -> Iterator[None]:
     """Turn a full disk or an unwritable folder into a KitError that says what to do; `again` once there is space."""
     try:
         yield
@@ -44,6 +44,23 @@ def disk_errors(
                 "the output folder cannot be written", where=str(path), next_step="choose another place with -o"
             ) from error
         raise
+
+
+@contextmanager
+def replacing(path: Path, again: str = GO_ON) -> Iterator[Path]:
+    """Give a sibling to write, which then becomes `path`; an error leaves the earlier file as it was.
+
+    Raises:
+        KitError: if the disk is full or the folder cannot be written; `again` is what to do once there is space.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with disk_errors(path, again):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
@@ -107,10 +124,9 @@ class WorkFolder:
         from safetensors.torch import save_file
 
         file = self.tensors(step)
-        with disk_errors(file):
-            part = file.with_suffix(".part")
+        with replacing(file) as part:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part, metadata={"format": "pt"})
-            os.replace(part, file)
+        with disk_errors(file):
             _write(self.path / f"{step}.json", json.dumps(metrics).encode())
         return file
 
