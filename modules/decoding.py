@@ -70,6 +70,7 @@ class DecodingSlot:
         self.layer, self.mixer, self.position = layer, mixer, position.to(layer.keys.device)
         if not in_ring_form(layer):
             _to_ring(layer, mixer, self.position)
+        layer.kit_ring_form = (layer.keys, layer.recurrent_states[0])
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Count the token, and hand its key and value on: the kernel puts them into the ring."""
@@ -115,7 +116,33 @@ def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
 
 def in_ring_form(layer: Any) -> bool:
     """Whether a layer of a cache is in ring form."""
-    return getattr(layer, "kit_ring_form", False)
+    return bool(_ring_form(layer))
+
+
+def _ring_form(layer: Any) -> tuple[Tensor, ...]:
+    """Keys and state as a layer's last step in ring form left them; whoever moves rows puts others in their place."""
+    return getattr(layer, "kit_ring_form", ())
+
+
+def check_rows(layer: Any) -> None:
+    """Refuse a layer of a cache whose keys have moved to other rows while its state has not.
+
+    transformers' `batch_repeat_interleave` and `batch_select_indices` leave recurrent states as they are.
+
+    Raises:
+        ValueError: if they have been called.
+    """
+    keys, states = getattr(layer, "keys", None), getattr(layer, "recurrent_states", {})
+    if keys is None or states.get(0) is None:
+        return
+    moved = {x is not before for x, before in zip((keys, states[0]), _ring_form(layer), strict=False)}
+    if len(keys) != len(states[0]) or len(moved) == 2:
+        raise ValueError(
+            f"the cache's keys ({len(keys)} rows) have been moved without its state ({len(states[0])} rows)\n"
+            "  where: past_key_values\n"
+            "  next:  call reorder_cache(indices) in place of batch_repeat_interleave and batch_select_indices: it "
+            "moves both, and indices may come several times or not at all"
+        )
 
 
 @torch.no_grad()
@@ -128,7 +155,7 @@ def leave_ring_form(layer: Any, mixer: Any, num_seen: int, mask: Tensor | None) 
         num_seen: columns so far; 0 after a reset.
         mask: (B, num_seen or more), False for padding; None without.
     """
-    layer.kit_ring_form = False
+    layer.kit_ring_form = ()
     state = layer.recurrent_states[0]
     shapes = mixer.carried_shapes()
     if not num_seen:
@@ -191,7 +218,6 @@ def _to_ring(layer: Any, mixer: Any, position: Tensor) -> None:
                 ring[:, :, slots:] = sink
             rings.append(ring)
         layer.keys, layer.values = rings
-    layer.kit_ring_form = True
 
 
 def _views(flat: Tensor, mixer: Any) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kit.families import TABLE, family_of
 from kit.modules.cache import cache_argument
-from kit.modules.decoding import DecodingSlot, can_decode, in_ring_form, leave_ring_form, token_numbers
+from kit.modules.decoding import DecodingSlot, can_decode, check_rows, in_ring_form, leave_ring_form, token_numbers
 from kit.modules.linear_attention import MIXERS, CacheSlot, Mixer, Step, full_attention
 from kit.modules.own_code import CarriesCode
 
@@ -76,6 +76,7 @@ class LinearizedAttention:
         position = kwargs.pop("token_numbers", None)
         if cache is not None and mixer is not None and self.layer_idx < len(cache.layers):  # type: ignore[attr-defined]
             layer = cache.layers[self.layer_idx]  # type: ignore[attr-defined]
+            check_rows(layer)
             softcap = getattr(self, "attn_logit_softcapping", None)
             if position is not None and can_decode(layer, mixer, softcap):
                 slot = kwargs[cache_argument(kwargs)] = DecodingSlot(layer, mixer, position)

@@ -147,6 +147,34 @@ def test_rows_in_another_order_copies_and_resets(kind, kernels):
     assert len(kernels) == ours(model) * 8
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows", "move"),
+    [
+        ([7, 1], 2, lambda cache: cache.batch_select_indices(torch.tensor([1, 0]))),
+        ([7, 1], 1, lambda cache: cache.batch_select_indices(torch.tensor([1]))),
+        ([8], 4, lambda cache: cache.batch_repeat_interleave(2)),
+    ],
+)
+def test_keys_that_moved_without_the_state_are_refused(sizes, rows, move):
+    model, ids = make("hybrid with sinks"), tokens(9)
+    cache = cache_of(model)
+    run(model, ids, sizes, cache)
+    move(cache)
+    with pytest.raises(ValueError, match="reorder_cache"):
+        model(ids[:1, 8:].expand(rows, -1), past_key_values=cache)
+
+
+def test_rows_are_repeated_and_left_out_and_nothing_is_taken_back():
+    model, ids = make("hybrid with sinks"), tokens(14)
+    want = model(ids, use_cache=False).logits
+    cache, rows = cache_of(model), torch.tensor([1, 0, 1], device=DEVICE)
+    run(model, ids, [9, 1], cache)
+    with pytest.raises(RuntimeError, match="crop"):
+        cache.crop(-1)
+    cache.reorder_cache(rows)
+    torch.testing.assert_close(run(model, ids[rows, 10:], [1, 2, 1], cache), want[rows, 10:], **CLOSE)
+
+
 @pytest.mark.parametrize("kind", ["window without sinks", "hybrid with sinks", "linear", "gated"])
 def test_nothing_moves_or_grows(kind, kernels):
     model, ids = make(kind), tokens(16, 1)
