@@ -6,7 +6,8 @@ whatever reorders or copies a cache moves it too:
 
 - `keys`, `values` (B, G, window_size + 1 + S, D): a ring in which a row's token number p (padding does not count) lies
   in slot p mod (window_size + 1), then the sinks. Layers without a window keep their one key, which nobody reads.
-- `recurrent_states[0]` (B, L·F·(D + 2)) fp32: the state (L, F, D), and two copies of its denominators (2, L, F).
+- `recurrent_states[0]` (B, L·(F·(D + 2) + 16)) fp32: the state (L, F, D), two copies of its denominators (2, L, F), and
+  counters (L, 16), which are 0 between steps.
 
 Anything but a single token turns it back first. The addresses stay the same from the first single token on.
 
@@ -28,6 +29,7 @@ from kit.kernels.linear_attention import linear_state
 from kit.kernels.linear_attention.dispatch import StepOps, step_ops
 
 MOST_NUMBERS = 256 * 128  # of the window's keys and the sinks: what a program can hold
+COUNTERS = 16  # a state, of which D/32 are used: rows then begin at a multiple of 16 numbers
 
 
 def token_numbers(cache: Any, mask: Tensor | None, length: int) -> Tensor | None:
@@ -80,19 +82,20 @@ class DecodingSlot:
     @property
     def states(self) -> tuple[Tensor, Tensor]:
         """The state (B, L, F, D) and its denominators (2, B, L, F)."""
-        return _views(self.layer.recurrent_states[0], self.mixer)
+        return _views(self.layer.recurrent_states[0], self.mixer)[:2]
 
     def window(self, ops: StepOps) -> Any:
         """What `hybrid_step` updates; a layer whose window has no linear past gets a state that nobody reads."""
         slots, keys, values = self.mixer.window_size + 1, self.layer.keys, self.layer.values
         if self.mixer.past_of_window:
-            states, sums = self.states
+            states, sums, arrivals = _views(self.layer.recurrent_states[0], self.mixer)
         else:
             nothing = self.position.new_empty(1, dtype=torch.float32)
             batch, heads, _, dim = keys.shape
             states, sums = nothing.expand(batch, heads, 32, dim), nothing.expand(2, batch, heads, 32)
+            arrivals = self.position.new_empty(1).expand(batch, heads, dim // 32)
         rings = keys[:, :, :slots], values[:, :, :slots]
-        return ops.HybridState(*rings, states, sums, keys[:, :, slots:], values[:, :, slots:])
+        return ops.HybridState(*rings, states, sums, keys[:, :, slots:], values[:, :, slots:], arrivals)
 
 
 def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
@@ -171,7 +174,7 @@ def leave_ring_form(layer: Any, mixer: Any, num_seen: int, mask: Tensor | None) 
         position = mask[:, :num_seen].sum(1)
     parts = {}
     if "state" in shapes:
-        states, sums = _views(state, mixer)
+        states, sums, _ = _views(state, mixer)
         current = sums[position % 2, torch.arange(batch, device=sums.device)]
         parts["state"] = torch.cat([states, current[..., None]], -1)
     if mixer.ring:
@@ -203,7 +206,8 @@ def _to_ring(layer: Any, mixer: Any, position: Tensor) -> None:
         sums = parts["state"][..., -1]
         if mixer.past_of_window:  # φ(0) is the same in all features
             sums = sums - _leaves(mixer, position)[:, None, None] * (2 / mixer.features)
-        flat = [parts["state"][..., :-1].flatten(1), sums.flatten(1), sums.flatten(1)]
+        counters = sums.new_zeros(len(sums), sums.shape[1] * COUNTERS)
+        flat = [parts["state"][..., :-1].flatten(1), sums.flatten(1), sums.flatten(1), counters]
         layer.recurrent_states[0] = torch.cat(flat, 1)
     if mixer.ring:
         slots, window = mixer.window_size + 1, keys.shape[2]
@@ -220,12 +224,15 @@ def _to_ring(layer: Any, mixer: Any, position: Tensor) -> None:
         layer.keys, layer.values = rings
 
 
-def _views(flat: Tensor, mixer: Any) -> tuple[Tensor, Tensor]:
-    """The state (B, L, F, D) and its denominators (2, B, L, F) in the tensor that holds them."""
-    shape = mixer.options.num_states, mixer.features
-    size = shape[0] * shape[1] * mixer.options.head_dim
-    states = flat[:, :size].unflatten(1, (*shape, mixer.options.head_dim))
-    return states, flat[:, size:].unflatten(1, (2, *shape)).transpose(0, 1)
+def _views(flat: Tensor, mixer: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The state (B, L, F, D), denominators (2, B, L, F) and counters (B, L, D/32) in the tensor that holds them."""
+    heads, features, dim = mixer.options.num_states, mixer.features, mixer.options.head_dim
+    states, sums, counters = flat.split([heads * features * dim, 2 * heads * features, heads * COUNTERS], 1)
+    return (
+        states.unflatten(1, (heads, features, dim)),
+        sums.unflatten(1, (2, heads, features)).transpose(0, 1),
+        counters.view(torch.int32).unflatten(1, (heads, COUNTERS))[..., : dim // 32],
+    )
 
 
 def _slots_of(ring: Tensor, slots: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 The ring holds window_size + 1 keys: the key that leaves the window and the one that enters it have a slot each, so no
 program overwrites what another still reads. Sums have two copies for the same reason: a step reads one, and writes the
-other. Positions are read from device memory, so a CUDA graph of a step can be replayed. On Hopper a step starts before
-the kernel before it has ended, and until then only asks for memory (programmatic dependent launch).
+other. Where several programs share a state, each with one of its query heads, the last that has read it writes it.
+Positions are read from device memory, so a CUDA graph of a step can be replayed. On Hopper a step starts before the
+kernel before it has ended, and until then only asks for memory (programmatic dependent launch).
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def hybrid_step(
     ring_v,
     states,
     sums,
+    arrivals,
     out,
     q_batch,
     q_head,
@@ -73,6 +75,8 @@ def hybrid_step(
     states_batch,
     sums_copy,
     sums_batch,
+    arrivals_batch,
+    arrivals_head,
     key_heads,
     map_heads,
     scale,
@@ -84,6 +88,7 @@ def hybrid_step(
     WINDOW: tl.constexpr,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
+    PARTS: tl.constexpr,
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     V: tl.constexpr,
@@ -104,12 +109,16 @@ def hybrid_step(
         ring_k, ring_v: (B, G, WINDOW + 1, DIM) and (B, G, WINDOW + 1, V), updated.
         states, sums: (B, L, 2·HALF, V) and (2, B, L, 2·HALF) fp32, updated. These, rings and sinks may be parts of
             larger tensors: what lies in one row of the batch and head is contiguous.
+        arrivals: (B, L, V / BV or more) int32, 0 between steps: how many programs have read a part of a state.
         out: (B, H, V).
+        PARTS: programs that share a part of a state, with QUERIES of its query heads each.
         KEYS: WINDOW + SINKS or more, a power of 2.
         EARLY: it is launched before the kernel before it has ended, and asks for the state and the maps while it waits.
     """
     value_block = tl.program_id(0)
-    map_head = tl.program_id(1)
+    part = tl.program_id(1)
+    map_head = part // PARTS
+    first = part % PARTS == 0
     batch = tl.program_id(2).to(tl.int64)
     key_head = map_head // (map_heads // key_heads)
     wide = tl.arange(0, DIM)
@@ -117,7 +126,7 @@ def hybrid_step(
     columns = value_block * BV + tl.arange(0, BV)
     query = tl.arange(0, 16)  # rows of a tile of the tensor cores; QUERIES of them are real
     real = query < QUERIES
-    heads = map_head * QUERIES + query
+    heads = part * QUERIES + query
     ring_k += batch * ring_k_batch + key_head * ring_k_head
     ring_v += batch * ring_v_batch + key_head * ring_v_head
     states += batch * states_batch + map_head * (2 * HALF * V)
@@ -126,7 +135,7 @@ def hybrid_step(
             ask(states + value_block * BV, V, 2 * HALF, BV)
             ask(map_k + map_head.to(tl.int64) * DIM * HALF, HALF, DIM, HALF)
             for number in tl.static_range(QUERIES):
-                ask(map_q + (map_head * QUERIES + number).to(tl.int64) * DIM * HALF, HALF, DIM, HALF)
+                ask(map_q + (part * QUERIES + number).to(tl.int64) * DIM * HALF, HALF, DIM, HALF)
         gdc_wait()
         gdc_launch_dependents()
     # Everything is read before anything is written, so that loads need not wait for stores, and what the position
@@ -187,8 +196,8 @@ def hybrid_step(
         k1 = tl.where(leaves, k1, 0.0)
         # Queries meet the state as it was, and the key that enters it on its own: neither waits for the other.
         if QUERIES == 1:
-            row = tl.load(q + map_head * q_head + wide).to(tl.float32)
-            q0, q1 = map_row(row, load_map(map_q, map_head, DIM, HALF))
+            row = tl.load(q + part * q_head + wide).to(tl.float32)
+            q0, q1 = map_row(row, load_map(map_q, part, DIM, HALF))
             past = tl.sum(q0 * (sum0 + k0) + q1 * (sum1 + k1), 0)
             share = tl.sum(q0 * k0 + q1 * k1, 0)
             y_past = tl.sum(q0[:, None] * state0 + q1[:, None] * state1, 0) + share * old_v
@@ -196,27 +205,35 @@ def hybrid_step(
         else:
             z = tl.zeros([16, HALF], tl.float32)
             for number in tl.static_range(QUERIES):
-                row = tl.load(q + (map_head * QUERIES + number) * q_head + wide).to(tl.float32)
-                weights = load_map(map_q, map_head * QUERIES + number, DIM, HALF).to(tl.float32)
+                row = tl.load(q + (part * QUERIES + number) * q_head + wide).to(tl.float32)
+                weights = load_map(map_q, part * QUERIES + number, DIM, HALF).to(tl.float32)
                 z += tl.where(query[:, None] == number, tl.sum(row[:, None] * weights, 0)[None, :], 0.0)
             q0, q1 = softmax_pair(z)
             past = tl.sum(q0 * (sum0 + k0)[None, :] + q1 * (sum1 + k1)[None, :], 1)
             share = tl.sum(q0 * k0[None, :] + q1 * k1[None, :], 1)
             y_past = tl.dot(q0, state0, input_precision=STATE_PRECISION)
             y_past = tl.dot(q1, state1, y_past, input_precision=STATE_PRECISION) + share[:, None] * old_v[None, :]
+        last = True
+        if PARTS > 1:
+            tl.debug_barrier()  # all of the program has read the state by now
+            arrivals += batch * arrivals_batch + map_head * arrivals_head + value_block
+            last = tl.atomic_add(arrivals, 1, sem="acq_rel") == PARTS - 1
         higher = tl.maximum(top, tl.where(past > 0, log_linear, -1e30))
         share = tl.where(past > 0, tl.exp(tl.minimum(log_linear - higher, 0.0)), 0.0)
         y = y * tl.exp(top - higher)[:, None] + share[:, None] * y_past
         total = total * tl.exp(top - higher) + share * past
-        tl.store(at, state0 + k0[:, None] * old_v[None, :])
-        tl.store(at + HALF * V, state1 + k1[:, None] * old_v[None, :])
-        if value_block == 0:
+        if last:
+            tl.store(at, state0 + k0[:, None] * old_v[None, :])
+            tl.store(at + HALF * V, state1 + k1[:, None] * old_v[None, :])
+            if PARTS > 1:
+                tl.store(arrivals, 0)
+        if (value_block == 0) & first:
             tl.store(at_sum + ((seen + 1) % 2) * sums_copy, sum0 + k0)
             tl.store(at_sum + ((seen + 1) % 2) * sums_copy + HALF, sum1 + k1)
     y = y / tl.where(total == 0, 1.0, total)[:, None]
-    at_out = (batch * map_heads * QUERIES + heads)[:, None] * V + columns[None, :]
+    at_out = (batch * map_heads * PARTS * QUERIES + heads)[:, None] * V + columns[None, :]
     tl.store(out + at_out, y.to(out.dtype.element_ty), mask=real[:, None])
-    if map_head % (map_heads // key_heads) == 0:
+    if (map_head % (map_heads // key_heads) == 0) & first:
         slot = seen % (WINDOW + 1)
         new_k = tl.load(k + wide)
         new_v = tl.load(v + columns)

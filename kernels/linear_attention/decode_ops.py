@@ -31,6 +31,7 @@ class HybridState:
         states: (B, L, F, V) fp32, keys that have left the window.
         sums: (2, B, L, F) fp32, their denominators; the copy `position mod 2` is the current one.
         sink_k, sink_v: (B, G, sinks, D) and (B, G, sinks, V), the first keys.
+        arrivals: (B, L, V / 32) int32, counters that are 0 between steps.
     """
 
     ring_k: Tensor
@@ -39,6 +40,7 @@ class HybridState:
     sums: Tensor
     sink_k: Tensor
     sink_v: Tensor
+    arrivals: Tensor
 
     @classmethod
     def empty(
@@ -54,17 +56,19 @@ class HybridState:
             torch.zeros(2, batch, map_heads, features, **fp32),
             k.new_zeros(batch, heads, num_sinks, k.shape[-1]),
             v.new_zeros(batch, heads, num_sinks, v.shape[-1]),
+            torch.zeros(batch, map_heads, v.shape[-1] // 32, dtype=torch.int32, device=k.device),
         )
 
 
-def _cut(width: int, states: int, queries: int) -> tuple[int, int]:
-    """Value columns and warps a program, of V, the states of a batch and the query heads of each (H100, measured).
+def _cut(width: int, states: int, queries: int) -> tuple[int, int, int]:
+    """Value columns, query heads and warps a program, of V, the states of a batch and the query heads of each.
 
-    Few columns while the device is not full; later whole states, whose feature maps then run once.
+    Few columns and one query head while the device is not full; later whole states, whose feature maps then run once
+    (measured on an H100).
     """
     if states * (width // 32) <= SLOTS:
-        return 32, 4
-    return min(width, 128), 4 if queries == 1 else 8
+        return 32, 1 if states * (width // 32) * queries <= SLOTS else queries, 4
+    return min(width, 128), queries, 4 if queries == 1 else 8
 
 
 def _check_state(tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
@@ -79,7 +83,7 @@ def _check_state(tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
 
 
 @torch.library.custom_op(
-    f"{NAMESPACE}::hybrid_step", mutates_args=("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v")
+    f"{NAMESPACE}::hybrid_step", mutates_args=("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v", "arrivals")
 )
 def _hybrid_step(
     q: Tensor,
@@ -96,6 +100,7 @@ def _hybrid_step(
     sums: Tensor,
     sink_k: Tensor,
     sink_v: Tensor,
+    arrivals: Tensor,
     scale: float,
     linear_weight: float,
     window_weight: float,
@@ -103,19 +108,20 @@ def _hybrid_step(
     batch, heads, dim = q.shape
     map_heads, width, window = map_k.shape[0], v.shape[-1], ring_k.shape[2] - 1
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
-    columns, warps = _cut(width, batch * map_heads, heads // map_heads)
+    group = heads // map_heads
+    columns, queries, warps = _cut(width, batch * map_heads, group)
     early = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] >= 9
     parts = [x.stride()[:2] for x in (ring_k, ring_v, sink_k, sink_v)]
     with on_device_of(q):
-        hybrid_step_kernel[(width // columns, map_heads, batch)](
+        hybrid_step_kernel[(width // columns, heads // queries, batch)](
             q, k, v, map_q, map_k, log_factor, log_factor if meta is None else meta, sink_k if sink_k.numel() else q,
-            sink_v if sink_v.numel() else q, position, ring_k, ring_v, states, sums, out,
+            sink_v if sink_v.numel() else q, position, ring_k, ring_v, states, sums, arrivals, out,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *(size for part in parts for size in part),
-            states.stride(0), *sums.stride()[:2], k.shape[1], map_heads, scale,
+            states.stride(0), *sums.stride()[:2], *arrivals.stride()[:2], k.shape[1], map_heads, scale,
             math.log(linear_weight) if linear_weight > 0 else 0.0,
             HAS_WINDOW=window_weight > 0, HAS_LINEAR=linear_weight > 0, HAS_META=meta is not None,
             SINKS=sink_k.shape[2], WINDOW=window, KEYS=max(triton.next_power_of_2(window + sink_k.shape[2]), 16),
-            QUERIES=heads // map_heads, DIM=dim, HALF=map_q.shape[-1], V=width, BV=columns,
+            QUERIES=queries, PARTS=group // queries, DIM=dim, HALF=map_q.shape[-1], V=width, BV=columns,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STATE_PRECISION="tf32x3" if q.is_cuda else "ieee",
             EARLY=early, num_warps=warps, launch_pdl=early,
         )  # fmt: skip
@@ -171,6 +177,7 @@ def hybrid_step(
             "sink_v": (state.sink_v, (batch, kv_heads, sinks, width)),
             "states": (state.states, (batch, map_heads, 2 * half, width)),
             "sums": (state.sums, (2, batch, map_heads, 2 * half)),
+            "arrivals": (state.arrivals, (batch, map_heads, width // 32)),
             "position": (position, (batch,)),
             "log_window_factor": (log_window_factor, (heads,)),
         }
@@ -192,7 +199,8 @@ def hybrid_step(
         maps = [x.contiguous() for x in maps]
     return _hybrid_step(
         q, k, v, *maps, log_factor, meta, position, state.ring_k,
-        state.ring_v, state.states, state.sums, state.sink_k, state.sink_v, scale, linear_weight, window_weight,
+        state.ring_v, state.states, state.sums, state.sink_k, state.sink_v, state.arrivals, scale, linear_weight,
+        window_weight,
     )  # fmt: skip
 
 
@@ -213,7 +221,7 @@ def _gated_step(
     batch, heads, dim = q.shape
     width, (num_states, features) = v.shape[-1], states.shape[1:3]
     out = torch.empty(batch, heads, width, dtype=v.dtype, device=q.device)
-    columns, warps = _cut(width, batch * num_states, 1)
+    columns, _, warps = _cut(width, batch * num_states, 1)
     with on_device_of(q):
         gated_step_kernel[(width // columns, num_states, batch)](
             q, k, v, sums if log_gate is None else log_gate, q if map_q is None else map_q,
