@@ -160,7 +160,7 @@ def _decode_seconds(runner: Any, ids: Tensor, steps: int, graphs: bool) -> tuple
     """Seconds a step, over greedy decoding, and whether it ran as a CUDA graph."""
     import torch
 
-    from kit.modules.accelerated import capture_stream
+    from kit.modules.graphs import capture_stream
 
     ids = ids.clone()
 

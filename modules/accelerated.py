@@ -43,13 +43,12 @@ from kit.kernels.int4_fp8.attention import (
 from kit.kernels.int4_fp8.attention_reference import Heads
 from kit.kernels.int4_fp8.packing import TILE, kernel_group
 from kit.modules.cache import cache_argument
+from kit.modules.graphs import FIXED_ROPE, StepGraph, chosen, hooked
 from kit.modules.quantized import AttentionQuantization, QuantizedLinear, _quantize_cache, rotation_signs
 
-OUTPUT_HOOKS = "transformers.utils.output_capturing"  # whose hooks stay, and sleep unless outputs are asked for
 LOAD_AGAIN = "load it again: kit.load(path, device=..., dtype=...)"
 SPARE = 128  # tokens that a cache of a plain call has room for beyond its prompt
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length
 
 
 class KernelLinear(QuantizedLinear):
@@ -246,7 +245,7 @@ class FusedCache(Cache):
         super().__init__(layers=[])
         self.room, self.length = capacity, 0
         self.store: KVStore | None = None
-        self.graph: DecodeGraph | None = None
+        self.graph: StepGraph | None = None
         self.delegate: Cache | None = None
         self.warm = False  # whether a step has run, and compiled its kernels
 
@@ -354,30 +353,6 @@ class FusedCache(Cache):
             with torch.inference_mode(False):  # as `KVStore.empty`
                 new.store = copy.deepcopy(self.store, memo)
         return new
-
-
-class DecodeGraph:
-    """One step of decoding as a CUDA graph; it works on the cache it was captured with."""
-
-    def __init__(self, fused: FusedModel, store: KVStore, ids: Tensor) -> None:
-        with torch.inference_mode(False):  # so that it can be written to outside of that mode as well
-            self.ids = ids.clone()
-        self.held = fused.angles(store.capacity)  # which the model may replace by longer ones
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(ids.device), torch.cuda.graph(self.graph, stream=capture_stream(ids.device)):
-            self.logits = fused.step(self.ids, store)
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """(B, 1) -> logits (B, 1, V)."""
-        self.ids.copy_(ids)
-        self.graph.replay()
-        return self.logits.clone()
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that graphs of a device are captured on: torch's own is of whichever device was used first."""
-    return torch.cuda.Stream(device)
 
 
 class FusedModel:
@@ -560,25 +535,20 @@ class FusedModel:
 
     def _wants_more(self, arguments: dict[str, Any]) -> bool:
         outputs = ("output_attentions", "output_hidden_states")
-        return arguments.get("labels") is not None or any(
-            bool(getattr(self.config, x, None) if arguments.get(x) is None else arguments[x]) for x in outputs
-        )
+        return arguments.get("labels") is not None or any(chosen(arguments, self.config, x) for x in outputs)
 
     def _hooked(self) -> bool:
         """Whether somebody listens to a module that the fast path goes around."""
         backbone = self.model.model
-        for module in (backbone, backbone.norm, *backbone.layers.modules()):
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(hook is not _quantize_cache and hook.__module__ != OUTPUT_HOOKS for hook in hooks):
-                return True
-        return False
+        return hooked([backbone, backbone.norm, *backbone.layers.modules()], _quantize_cache)
 
     def _replay(self, ids: Tensor, cache: FusedCache, store: KVStore) -> Tensor:
         """A step; the first of a cache runs as it is, the second is captured."""
         if not self.graphs:
             return self.step(ids, store)
         if cache.graph is None and cache.warm:
-            cache.graph = DecodeGraph(self, store, ids)
+            angles = self.angles(store.capacity)  # which the model may replace by longer ones
+            cache.graph = StepGraph(functools.partial(self.step, store=store), ids, held=angles)
         cache.warm = True
         return self.step(ids, store) if cache.graph is None else cache.graph(ids)
 
@@ -695,18 +665,18 @@ def _redirect(model: Any) -> None:
             embedded = arguments.get("inputs_embeds")
             first = arguments.get("input_ids") if embedded is None else embedded
             cache = FusedCache(SPARE if first is None else first.shape[1] + SPARE)
-        kept = given is not None or _chosen(arguments, model.config, "use_cache")
+        kept = given is not None or chosen(arguments, model.config, "use_cache", True)
         logits = model.fused.forward(cache, arguments, plain=given is None, kept=kept)
         if logits is not None:
             out = CausalLMOutputWithPast(logits=logits, **({name: cache} if kept else {}))
-            return out if _chosen(arguments, model.config, "return_dict") else out.to_tuple()
+            return out if chosen(arguments, model.config, "return_dict", True) else out.to_tuple()
         if given is None:
             return own(*args, **kwargs)
         if given.delegate is None:
             given.delegate = DynamicCache(config=model.fused.config)
         out = own(**{**arguments, name: given.delegate, "return_dict": True})
         out[name] = given
-        return out if _chosen(arguments, model.config, "return_dict") else out.to_tuple()
+        return out if chosen(arguments, model.config, "return_dict", True) else out.to_tuple()
 
     prepare = model._prepare_cache_for_generation
 
@@ -720,12 +690,6 @@ def _redirect(model: Any) -> None:
         return None
 
     model.forward, model._prepare_cache_for_generation = forward, prepare_cache
-
-
-def _chosen(arguments: dict[str, Any], config: Any, name: str) -> bool:
-    """An argument of the forward pass, or what the config says."""
-    given = arguments.get(name)
-    return bool(getattr(config, name, True) if given is None else given)
 
 
 def _pin(model: Any) -> None:

@@ -100,12 +100,10 @@ class DecodingSlot:
 
 def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
     """Whether the kernels can take single tokens of a layer, with this layer of the cache."""
-    if mixer.switched_off or softcap is not None or not hasattr(layer, "recurrent_states"):
+    if not as_configured(layer, mixer) or softcap is not None or not hasattr(layer, "recurrent_states"):
         return False
     if not isinstance(layer, DynamicSlidingWindowLayer) or type(layer).update is not DynamicSlidingWindowLayer.update:
         return False  # keys that lie elsewhere, or in another form
-    if mixer.linear_weight != 1 or mixer.window_weight != 1 or getattr(layer, "record_past", False):
-        return False
     if layer.keys.dtype != layer.values.dtype:
         return False
     if mixer.carried_shapes() and not layer.is_recurrent_states_initialized[0]:
@@ -117,9 +115,22 @@ def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
     return sizes <= {32, 64, 128, 256} and group <= 16 and keys <= 512 and keys * dim <= MOST_NUMBERS
 
 
+def as_configured(layer: Any, mixer: Any) -> bool:
+    """Whether a layer's branches count as they are, and its cache keeps no past to go back to."""
+    if mixer.switched_off or mixer.linear_weight != 1 or mixer.window_weight != 1:
+        return False
+    return not getattr(layer, "record_past", False)
+
+
 def in_ring_form(layer: Any) -> bool:
     """Whether a layer of a cache is in ring form."""
     return bool(_ring_form(layer))
+
+
+def stayed(layer: Any) -> bool:
+    """Whether a layer of a cache is in ring form, and in the memory that its last step left it in."""
+    form = _ring_form(layer)
+    return bool(form) and form[0] is layer.keys and form[1] is layer.recurrent_states[0]
 
 
 def _ring_form(layer: Any) -> tuple[Tensor, ...]:

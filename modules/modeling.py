@@ -21,6 +21,7 @@ from kit.modules.cache import cache_argument
 from kit.modules.decoding import DecodingSlot, can_decode, check_rows, in_ring_form, leave_ring_form, token_numbers
 from kit.modules.linear_attention import MIXERS, CacheSlot, Mixer, Step, full_attention
 from kit.modules.own_code import CarriesCode
+from kit.modules.replay import asks_for_more, take_step
 
 ATTENTION = "kit_linear"
 # transformers' names of cache layers: window keys and a state; all keys; window keys
@@ -204,16 +205,27 @@ class LinearizedModel(LinearizedPreTrained):
         padding_mask = attention_mask
         if attention_mask is not None and not torch.compiler.is_compiling() and bool(attention_mask.all()):
             padding_mask = None  # layers then need not look for padding
-        return super().forward(  # type: ignore[misc]
-            input_ids=input_ids,
-            attention_mask=dict.fromkeys(LAYER_TYPES) if self.masks_by_layer_type else None,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            padding_mask=padding_mask,
-            segment_ids=segment_ids,
-            token_numbers=token_numbers(kwargs.get(cache_argument(kwargs)), padding_mask, new),
+        cache: Any = kwargs.get(cache_argument(kwargs))
+        numbers = token_numbers(cache, padding_mask, new)
+        shared = {
+            "attention_mask": dict.fromkeys(LAYER_TYPES) if self.masks_by_layer_type else None,
+            "inputs_embeds": inputs_embeds,
+            "padding_mask": padding_mask,
+            "segment_ids": segment_ids,
             **kwargs,
-        )
+        }
+        if numbers is not None and inputs_embeds is None and not asks_for_more(kwargs, self.config):  # type: ignore[attr-defined]
+            forward = super().forward  # type: ignore[misc]
+
+            def step(input_ids: Tensor, position_ids: Tensor, token_numbers: Tensor) -> Any:
+                return forward(input_ids=input_ids, position_ids=position_ids, token_numbers=token_numbers, **shared)
+
+            if position_ids is None:  # rows without padding have the same
+                position_ids = numbers[:1, None].long()
+            return take_step(self, cache, cache_argument(kwargs), step, input_ids, position_ids, numbers)  # type: ignore[arg-type]
+        if getattr(cache, "kit_steps", None) is not None:
+            cache.kit_steps = None  # its graph holds memory that the cache is about to leave
+        return super().forward(input_ids=input_ids, position_ids=position_ids, token_numbers=numbers, **shared)  # type: ignore[misc]
 
 
 class LinearizedForCausalLM(LinearizedPreTrained):

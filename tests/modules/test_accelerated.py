@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import warnings
 
@@ -14,9 +15,8 @@ from kit.convert.checkpoint import on_kernels
 from kit.convert.formats import PACKED, WeightFormat
 from kit.convert.shapes import CACHE, LINEARS, random_model, shape_config
 from kit.kernels.int4_fp8 import pack_int4, shaping_factor
-from kit.modules import accelerated
+from kit.modules import accelerated, graphs
 from kit.modules.accelerated import (
-    DecodeGraph,
     FusedCache,
     KernelHead,
     KernelLinear,
@@ -25,6 +25,7 @@ from kit.modules.accelerated import (
     unsupported,
 )
 from kit.modules.cache import cache_argument
+from kit.modules.graphs import StepGraph
 from kit.modules.quantized import AttentionQuantization, QuantizedLinear, switched_off
 
 TINY = {
@@ -602,12 +603,12 @@ def test_a_step_captured_in_inference_mode_is_replayed_outside_of_it(make, monke
 
     class Graph:
         def replay(self):
-            replays.append(cache.graph.ids.clone())
+            replays.append(cache.graph.inputs[0].clone())
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(accelerated, "capture_stream", lambda _: None)
+    monkeypatch.setattr(graphs, "capture_stream", lambda _: None)
     model.fused.graphs, cache = True, FusedCache(64)
     with torch.inference_mode():
         steps(model, cache, ids[:, :22], [20, 1, 1])
@@ -724,7 +725,7 @@ def replays_what_steps_do(fused, ids, start):
             fused.prompt(fused.model.model.embed_tokens(ids), store)
             fused.step(ids[:, :1], store)
         with torch.cuda.stream(torch.cuda.Stream()):
-            graph = DecodeGraph(fused, stores[0], ids[:, :1])
+            graph = StepGraph(functools.partial(fused.step, store=stores[0]), ids[:, :1])
         torch.cuda.synchronize()
         for i in range(1, 13):
             with OneByOne():
