@@ -82,9 +82,14 @@ def _check_state(tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
             raise ValueError(f"{name} of {shape} is needed, got {tuple(x.shape)}")
 
 
-@torch.library.custom_op(
-    f"{NAMESPACE}::hybrid_step", mutates_args=("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v", "arrivals")
-)
+def _directly(x: Tensor) -> bool:
+    """Whether a kernel may be launched past torch.library, whose dispatch takes longer on the CPU than the launch.
+
+    Compilers, autograd and subclasses of tensors need it.
+    """
+    return type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _hybrid_step(
     q: Tensor,
     k: Tensor,
@@ -128,7 +133,14 @@ def _hybrid_step(
     return out
 
 
-@_hybrid_step.register_fake
+_hybrid_op = torch.library.custom_op(
+    f"{NAMESPACE}::hybrid_step",
+    _hybrid_step,
+    mutates_args=("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v", "arrivals"),
+)
+
+
+@_hybrid_op.register_fake
 def _(q, k, v, *options):
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
@@ -194,17 +206,17 @@ def hybrid_step(
     if window_weight not in (0, 1):
         log_factor = log_factor + math.log(window_weight)
     meta = None if meta_logit is None else meta_logit.float()
-    maps = [feature_map_q, feature_map_k]
+    map_q, map_k = feature_map_q, feature_map_k
     if linear_weight > 0:
-        maps = [x.contiguous() for x in maps]
-    return _hybrid_step(
-        q, k, v, *maps, log_factor, meta, position, state.ring_k,
+        map_q, map_k = map_q.contiguous(), map_k.contiguous()
+    step = _hybrid_step if _directly(q) else _hybrid_op
+    return step(
+        q, k, v, map_q, map_k, log_factor, meta, position, state.ring_k,
         state.ring_v, state.states, state.sums, state.sink_k, state.sink_v, state.arrivals, scale, linear_weight,
         window_weight,
     )  # fmt: skip
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_step", mutates_args=("states", "sums"))
 def _gated_step(
     q: Tensor,
     k: Tensor,
@@ -236,7 +248,10 @@ def _gated_step(
     return out
 
 
-@_gated_step.register_fake
+_gated_op = torch.library.custom_op(f"{NAMESPACE}::gated_step", _gated_step, mutates_args=("states", "sums"))
+
+
+@_gated_op.register_fake
 def _(q, k, v, *options):
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
@@ -286,4 +301,5 @@ def gated_step(
     if reason := refuse_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]}):
         raise ValueError(reason)
     gate = None if log_gate is None else log_gate.float()
-    return _gated_step(q, k, v, gate, feature_map_q, feature_map_k, position, states, sums, scale, normalize)
+    step = _gated_step if _directly(q) else _gated_op
+    return step(q, k, v, gate, feature_map_q, feature_map_k, position, states, sums, scale, normalize)
