@@ -1,4 +1,4 @@
-"""Time `generate` of linearized models of SmolLM2-135M's shape, random weights, with the decoding kernels and without.
+"""Time `generate` of linearized models of SmolLM2-135M's shape, random weights: CUDA graphs, kernels, PyTorch.
 
     python benchmarks/generation_speed.py --output generation_speed.json
 
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kit.convert.measure import hardware
 from kit.convert.recipe import ModelFacts
-from kit.modules import decoding, linear_attention, modeling
+from kit.modules import decoding, linear_attention, modeling, replay
 from kit.recipes import load_recipes
 
 SMOLLM2 = {
@@ -71,6 +71,16 @@ def without_kernels() -> Iterator[None]:
     finally:
         for module, ops in zip(modules, before, strict=True):
             module.step_ops = ops
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Steps of linearized models run as they are."""
+    before, replay.PLAIN_STEPS = replay.PLAIN_STEPS, 10**9
+    try:
+        yield
+    finally:
+        replay.PLAIN_STEPS = before
 
 
 def tokens(batch: int, length: int, device: str, seed: int = 1) -> Tensor:
@@ -161,7 +171,9 @@ def main() -> None:
     note(build(None, changes, options.device), "base", "transformers")
     for recipe in options.recipes:
         model = build(recipe, changes, options.device)
-        note(model, recipe, "kernels")
+        note(model, recipe, "kernels in CUDA graphs")
+        with without_graphs():
+            note(model, recipe, "kernels")
         with without_kernels():
             note(model, recipe, "PyTorch")
         ids, more = (tokens(2, length, options.device, length) for length in (options.prompt, 100))
