@@ -28,7 +28,10 @@ class StepGraph:
         with torch.inference_mode(False):  # so that they can be written to outside of that mode as well
             self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=capture_stream(device)):
+        capture = torch.cuda.graph(  # meanwhile other threads may go on
+            self.graph, stream=capture_stream(device), capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(device), capture:
             self.output = run(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ def test_what_moves_the_cache_is_noticed(kind, graphs, plain):
 
 def test_generation_is_that_without_graphs(graphs, plain):
     model, (ids, mask) = make(), padded(11)
-    options = [{"max_new_tokens": 9}, {"max_new_tokens": 9, "do_sample": True}, {"max_new_tokens": 6, "num_beams": 2}]
+    options = [{"max_new_tokens": 6}, {"max_new_tokens": 6, "do_sample": True}, {"max_new_tokens": 5, "num_beams": 2}]
 
     def generate(options):
         torch.manual_seed(3)
@@ -290,10 +290,10 @@ def test_other_weights_are_noticed(graphs, plain):
         lambda: setattr(norm.weight, "data", norm.weight.data * 0.3),
     ]
     for change in changes:
-        cache = run(model, ids, [9, *[1] * 5], cache_of(model))[1]
+        cache = run(model, ids, [5, *[1] * 3], cache_of(model))[1]
         other, before = copy.deepcopy(cache), graphs.replayed
         change()
-        same(run(model, ids, [1] * 5, cache, at=14), plain(run, model, ids, [1] * 5, other, at=14))
+        same(run(model, ids, [1] * 4, cache, at=8), plain(run, model, ids, [1] * 4, other, at=8))
         assert graphs.replayed > before
 
 
