@@ -21,7 +21,7 @@ from kit.modules.cache import cache_argument
 from kit.modules.decoding import DecodingSlot, can_decode, check_rows, in_ring_form, leave_ring_form, token_numbers
 from kit.modules.linear_attention import MIXERS, CacheSlot, Mixer, Step, full_attention
 from kit.modules.own_code import CarriesCode
-from kit.modules.replay import asks_for_more, take_step
+from kit.modules.replay import asks_for_more, forget, take_step
 
 ATTENTION = "kit_linear"
 # transformers' names of cache layers: window keys and a state; all keys; window keys
@@ -223,8 +223,7 @@ class LinearizedModel(LinearizedPreTrained):
             if position_ids is None:  # rows without padding have the same
                 position_ids = numbers[:1, None].long()
             return take_step(self, cache, cache_argument(kwargs), step, input_ids, position_ids, numbers)  # type: ignore[arg-type]
-        if getattr(cache, "kit_steps", None) is not None:
-            cache.kit_steps = None  # its graph holds memory that the cache is about to leave
+        forget(cache)
         return super().forward(input_ids=input_ids, position_ids=position_ids, token_numbers=numbers, **shared)  # type: ignore[misc]
 
 

@@ -9,6 +9,7 @@ captures nothing; a layer kept full, whose keys grow, keeps its model from it.
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -97,16 +98,16 @@ class Parts:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self.modules = modules[1:]  # the model itself holds this
-        self.found: list[tuple[Any, str, Any, int]] = [
-            (of, name, x, x.data_ptr() if isinstance(x, Tensor) else 0)
-            for module in modules
-            for of in (module._modules, module._parameters, module._buffers)
-            for name, x in of.items()
-        ]
+        held = [x for module in modules for x in (module._modules, module._parameters, module._buffers)]
+        found = [(of, name, x) for of in held for name, x in of.items()]
+        self.holders, self.names, self.values = ([row[i] for row in found] for i in range(3))
+        self.tensors = [x for x in self.values if isinstance(x, Tensor)]
+        self.addresses = [x.data_ptr() for x in self.tensors]
 
     def unchanged(self) -> bool:
-        """Whether all are where they were."""
-        return all(of.get(name) is x and (not at or x.data_ptr() == at) for of, name, x, at in self.found)
+        """Whether all are where they were. It is asked every step, so the loops are C's."""
+        same = all(map(operator.is_, map(dict.get, self.holders, self.names), self.values))
+        return same and [x.data_ptr() for x in self.tensors] == self.addresses
 
 
 _parts: weakref.WeakKeyDictionary[nn.Module, Parts] = weakref.WeakKeyDictionary()
@@ -141,6 +142,8 @@ def take_step(model: Any, cache: Any, name: str, forward: Callable[..., Any], *i
         forward: what runs otherwise, and is captured; it gets the inputs.
         inputs: token (B, 1), place (1 or B, 1), and number of tokens before it (B,).
     """
+    if _capturing():  # for the caller, whose graph ours would spoil if it were freed now
+        return forward(*inputs)
     steps = getattr(cache, "kit_steps", None)
     if steps is None:
         steps = cache.kit_steps = Steps()
@@ -158,16 +161,24 @@ def take_step(model: Any, cache: Any, name: str, forward: Callable[..., Any], *i
     return steps.replay(cache, name, inputs)
 
 
+def forget(cache: Any) -> None:
+    """Free the graph of a cache that is about to leave the memory it was captured with."""
+    if getattr(cache, "kit_steps", None) is not None and not _capturing():
+        cache.kit_steps = None
+
+
 def on_cuda(x: Tensor) -> bool:
     """Whether graphs of work on a tensor can be captured: it is on a GPU."""
     return x.is_cuda
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _undisturbed(parts: Parts) -> bool:
     """Whether a model does what its code says, and nobody watches it."""
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cuda"):
-        return False
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return False
     if any(module.training or "forward" in module.__dict__ for module in parts.modules):
         return False
@@ -185,7 +196,7 @@ def _can_be_captured(model: Any, cache: Any, inputs: tuple[Tensor, ...]) -> bool
         return False
     if any(type(module).__module__.partition(".")[0] not in KNOWN for module in parts.modules):
         return False
-    if any(isinstance(x, Tensor) and x.device != inputs[0].device for _, _, x, _ in parts.found):
+    if any(x.device != inputs[0].device for x in parts.tensors):
         return False
     mixers = _mixers(model)
     return len(mixers) == len(cache.layers) and all(
