@@ -93,15 +93,23 @@ class Replay:
 
 
 class Parts:
-    """The modules of a model and where its weights are, so that replacing one is noticed."""
+    """The modules of a model and where its weights are, so that replacing one is noticed.
+
+    Attributes:
+        usual: modules and weights are of kinds that read nothing on the host.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self.modules = modules[1:]  # the model itself holds this
         held = [x for module in modules for x in (module._modules, module._parameters, module._buffers)]
-        found = [(of, name, x) for of in held for name, x in of.items()]
+        found: list[Any] = [(of, name, x) for of in held for name, x in of.items()]
         self.holders, self.names, self.values = ([row[i] for row in found] for i in range(3))
-        self.tensors = [x for x in self.values if isinstance(x, Tensor)]
+        tensors = [x for x in self.values if isinstance(x, Tensor)]
+        self.usual = all(type(module).__module__.partition(".")[0] in KNOWN for module in self.modules) and all(
+            type(x) in (Tensor, nn.Parameter) for x in tensors
+        )
+        self.tensors = tensors if self.usual else []  # others may have no address
         self.addresses = [x.data_ptr() for x in self.tensors]
 
     def unchanged(self) -> bool:
@@ -194,9 +202,7 @@ def _can_be_captured(model: Any, cache: Any, inputs: tuple[Tensor, ...]) -> bool
     parts = parts_of(model)
     if not kinds <= set(FIXED_ROPE) or model.training or not _undisturbed(parts):
         return False
-    if any(type(module).__module__.partition(".")[0] not in KNOWN for module in parts.modules):
-        return False
-    if any(x.device != inputs[0].device for x in parts.tensors):
+    if not parts.usual or any(x.device != inputs[0].device for x in parts.tensors):
         return False
     mixers = _mixers(model)
     return len(mixers) == len(cache.layers) and all(

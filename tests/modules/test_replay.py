@@ -303,6 +303,35 @@ def test_a_model_with_a_layer_kept_full_runs_as_it_is(graphs):
     assert graphs.captured == 0
 
 
+class Foreign(torch.nn.Module):
+    """Of a package that may read on the host what it has computed."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) * float(x.isfinite().all())
+
+
+class Foreigner(torch.Tensor):
+    """A weight of another kind."""
+
+
+def test_what_others_put_into_a_model_runs_as_it_is(graphs):
+    model, ids = make(), tokens(16)
+    mlp = model.model.layers[-1].mlp
+    model.model.layers[-1].mlp = Foreign(mlp).eval()
+    run(model, ids, [9, *[1] * 4], cache_of(model))
+    model.model.layers[-1].mlp = mlp
+    model.model.register_buffer("more", torch.ones(1, device=DEVICE).as_subclass(Foreigner), persistent=False)
+    run(model, ids, [9, *[1] * 4], cache_of(model))
+    assert graphs.captured == 0
+    del model.model.more
+    run(model, ids, [9, *[1] * 4], cache_of(model))
+    assert graphs.captured == 1
+
+
 def test_a_hole_that_a_later_mask_has_is_seen(graphs, plain):
     model, ids = make(), tokens(16)
     whole = torch.ones(2, 16, dtype=torch.long, device=DEVICE)
