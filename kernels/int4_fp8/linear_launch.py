@@ -15,11 +15,19 @@ from kit.kernels.int4_fp8.packing import TILE, PackedInt4
 from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_parts, quantize_rows, swiglu_rows
 from kit.kernels.int4_fp8.reference import FP8
 
+try:
+    from kit.kernels.int4_fp8.linear_gluon import described, many_tokens_async
+
+    HAS_GLUON = True
+except ImportError:  # a Triton without it
+    HAS_GLUON = False
+
 FEW = 8  # tokens up to which `few_tokens` runs, up to twice as many for weights of at most SMALL groups
 SMALL = 2**18
 MAX_WIDTH = 65536  # features of a token that a quantizing program holds
 PAIRED_UP_TO = 2048  # tokens up to which SwiGLU is done where the product is
 PART = 1024  # features of a token that a program of `quantize_parts` holds
+ASYNC_FROM = 128  # tokens above which products are asynchronous
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -82,15 +90,49 @@ def _power_of_two(wanted: int, most: int) -> int:
     return 1 << min(max(min(wanted, most), 1).bit_length() - 1, 3)
 
 
+@dataclass(frozen=True)
+class AsyncCut:
+    """How a product is cut for `linear_gluon.many_tokens_async`, in tiles of 128 rows by 256 tokens.
+
+    Attributes:
+        splits: of K.
+        together: blocks of tokens that go through the weight together.
+        unroll: groups, of which a whole number is in each split, with no pause between.
+        stages: groups whose tokens and codes are in shared memory.
+    """
+
+    splits: int = 1
+    together: int = 8
+    unroll: int = 1
+    stages: int = 4
+
+    @classmethod
+    def of(cls, x: Tensor, weight: PackedInt4, dtype: torch.dtype, paired: bool = False) -> AsyncCut | None:
+        """The cut that benchmarks/int4_fp8.py found, or None where `many_tokens` or `few_tokens` is faster.
+
+        Also None for what the copy engine cannot fetch or write: rows of no whole 16 bytes.
+        """
+        (rows, inputs), outputs = x.shape, weight.out_features
+        half = weight.codes.shape[-1]
+        aligned = inputs % 16 == x.data_ptr() % 16 == weight.codes.data_ptr() % 16 == 0
+        whole = outputs % (2 * TILE) == 0 if paired else outputs * dtype.itemsize % 16 == 0
+        if not (HAS_GLUON and x.is_cuda and half == TILE and aligned and whole and rows > ASYNC_FROM):
+            return None
+        return cls()
+
+
 def linear(
     x: Tensor,
     x_scale: Tensor,
     weight: PackedInt4,
     bias: Tensor | None,
     dtype: torch.dtype,
-    cut: Cut | None = None,
+    cut: Cut | AsyncCut | None = None,
 ) -> Tensor:
     """Y (M, N) = x_scale · (x Wᵀ) + b of x (M, K) e4m3 and x_scale (M,) fp32; all contiguous, on one device."""
+    cut = cut or AsyncCut.of(x, weight, dtype)
+    if isinstance(cut, AsyncCut):
+        return _product_async(x, x_scale, weight, bias, dtype, cut, paired=False)[0]
     return _product(x, x_scale, weight, bias, dtype, cut, paired=False)[0]
 
 
@@ -100,18 +142,22 @@ def gated(
     weight: PackedInt4,
     bias: Tensor | None,
     dtype: torch.dtype,
-    cut: Cut | None = None,
+    cut: Cut | AsyncCut | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first.
 
     The product's programs have gates and up's of the same outputs, so that another launch needs but the largest. None
     if 2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
     """
-    chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
-    slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
-    if slower or weight.out_features % chosen.rows:
-        return None
-    active, peaks = _product(x, x_scale, weight, bias, dtype, chosen, paired=True)
+    chosen = cut or AsyncCut.of(x, weight, dtype, paired=True)
+    if isinstance(chosen, AsyncCut):
+        active, peaks = _product_async(x, x_scale, weight, bias, dtype, chosen, paired=True)
+    else:
+        chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
+        slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
+        if slower or weight.out_features % chosen.rows:
+            return None
+        active, peaks = _product(x, x_scale, weight, bias, dtype, chosen, paired=True)
     width = active.shape[1]
     codes, scale = _made(len(x), width, x)
     block, warps = _shape(width, len(x)) if len(x) >= MULTIPROCESSORS else (PART, 4)
@@ -121,6 +167,44 @@ def gated(
         launch_pdl=x.is_cuda,
     )  # fmt: skip
     return codes, scale
+
+
+def _product_async(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: PackedInt4,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    cut: AsyncCut,
+    paired: bool,
+) -> tuple[Tensor, Tensor]:
+    """`_product`, by the kernel in Gluon."""
+    rows, inputs, outputs = *x.shape, weight.out_features
+    tiles, groups, _, half = weight.codes.shape
+    width, block = (outputs // 2, TILE // 2) if paired else (outputs, TILE)
+    row_blocks, token_blocks = triton.cdiv(tiles, 2), triton.cdiv(rows, 256)
+    each = triton.cdiv(groups, cut.splits * cut.unroll) * cut.unroll
+    splits = triton.cdiv(groups, each)
+    y = torch.empty(rows, width, dtype=dtype, device=x.device)
+    partial, counters, peaks = y, y, y
+    if paired:
+        peaks = torch.empty(rows, outputs // TILE, dtype=torch.int32, device=x.device)
+        up = tiles // 2 * groups * TILE * half  # from a gate's codes to its up's
+        codes = described(weight.codes, [tiles // 2 * groups * 8, 2, 8, half], [8 * half, up, half, 1], [4, 2, 8, half])
+    else:
+        codes = described(weight.codes, [tiles * groups * TILE, half], [half, 1], [TILE, half])
+    if splits > 1:
+        partial = torch.empty(splits, row_blocks * token_blocks, 128, 256, dtype=torch.float32, device=x.device)
+        counters = counters_of(weight.codes, row_blocks * token_blocks * 2)
+    many_tokens_async[(min(row_blocks * token_blocks * splits, MULTIPROCESSORS),)](
+        described(x, [rows, inputs], [inputs, 1], [256, 2 * half]), x_scale, codes, weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros, y if bias is None else bias, partial, counters,
+        described(y, [rows, width], [width, 1], [64, block]), peaks, rows, outputs, tiles * TILE, groups, each,
+        row_blocks, token_blocks, HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, SPLITS=splits,
+        PAIRED=paired, UNROLL=cut.unroll, STAGES=cut.stages, TOGETHER=cut.together, num_warps=4, maxnreg=168,
+        launch_pdl=True,
+    )  # fmt: skip
+    return y, peaks
 
 
 def _product(
