@@ -38,7 +38,10 @@ BLOCK = gl.constexpr(256)  # tokens of a tile
 GROUP = gl.constexpr(128)  # inputs that share a scale
 WARPGROUPS = gl.constexpr(2)  # that multiply
 FP8_UNIT = gl.constexpr(UNIT.value)
-together = getattr(gl, "thread_barrier", None) or gl.barrier  # Triton 3.6 has the first, later ones the second
+# Names before and since Triton 3.7
+together = getattr(gl, "thread_barrier", None) or gl.barrier
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 TO_FP8 = gl.constexpr(WORDS_TO_FP8.value)
 
 # As TO_FP8, of codes less a zero point, four times in $3: a byte of 128 + code - zero point has its top bit set if the
@@ -112,14 +115,14 @@ def fetch(
             mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
             fence_async_shared()
             mbarrier.expect(bar, BLOCK * GROUP + WARPGROUPS * TILE * GROUP // 2)
-            tma.async_copy_global_to_shared(x, [token_block * BLOCK, group * GROUP], bar, x_buffers.index(slot))
+            copy_in(x, [token_block * BLOCK, group * GROUP], bar, x_buffers.index(slot))
             for part in gl.static_range(WARPGROUPS):
                 buffer = code_buffers.index(slot * WARPGROUPS + part)
                 if PAIRED:  # gates and up's in turns of 8, so that a thread has the sums of both
                     at = [(row_block * num_groups + group) * 8 + part * 4, 0, 0, 0]
                 else:
                     at = [((row_block * WARPGROUPS + part) * num_groups + group) * TILE, 0]
-                tma.async_copy_global_to_shared(codes, at, bar, buffer)
+                copy_in(codes, at, bar, buffer)
             step += 1
 
 
@@ -199,7 +202,7 @@ def write(
     tma.store_wait(1)
     buffer.store(y.permute((1, 0)))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out, [token, row], buffer)
+    copy_out(out, [token, row], buffer)
 
 
 @gluon.jit

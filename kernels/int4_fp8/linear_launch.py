@@ -107,7 +107,7 @@ class AsyncCut:
     stages: int = 4
 
     @classmethod
-    def of(cls, x: Tensor, weight: PackedInt4, dtype: torch.dtype, paired: bool = False) -> AsyncCut | None:
+    def of(cls, x: Tensor, weight: PackedInt4, dtype: torch.dtype) -> AsyncCut | None:
         """The cut that benchmarks/int4_fp8.py found, or None where `many_tokens` or `few_tokens` is faster.
 
         Also None for what the copy engine cannot fetch or write: rows of no whole 16 bytes.
@@ -115,8 +115,8 @@ class AsyncCut:
         (rows, inputs), outputs = x.shape, weight.out_features
         half = weight.codes.shape[-1]
         aligned = inputs % 16 == x.data_ptr() % 16 == weight.codes.data_ptr() % 16 == 0
-        whole = outputs % (2 * TILE) == 0 if paired else outputs * dtype.itemsize % 16 == 0
-        if not (HAS_GLUON and x.is_cuda and half == TILE and aligned and whole and rows > ASYNC_FROM):
+        aligned = aligned and outputs * dtype.itemsize % 16 == 0
+        if not (HAS_GLUON and x.is_cuda and half == TILE and aligned and rows > ASYNC_FROM):
             return None
         return cls()
 
@@ -149,11 +149,13 @@ def gated(
     The product's programs have gates and up's of the same outputs, so that another launch needs but the largest. None
     if 2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
     """
-    chosen = cut or AsyncCut.of(x, weight, dtype, paired=True)
+    chosen = cut or AsyncCut.of(x, weight, dtype)
     if isinstance(chosen, AsyncCut):
+        if weight.out_features % (2 * TILE):
+            return None
         active, peaks = _product_async(x, x_scale, weight, bias, dtype, chosen, paired=True)
     else:
-        chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
+        chosen = chosen or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
         slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
         if slower or weight.out_features % chosen.rows:
             return None
