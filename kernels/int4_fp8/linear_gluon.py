@@ -30,7 +30,6 @@ from torch import Tensor
 
 from kit.kernels.int4_fp8.linear_kernel import FP8_UNIT as UNIT
 from kit.kernels.int4_fp8.linear_kernel import TO_FP8 as WORDS_TO_FP8
-from kit.kernels.int4_fp8.quantize_kernel import magnitude_bits, silu
 
 TILE = gl.constexpr(64)  # rows whose codes lie together, and of a product
 TOKENS = gl.constexpr(64)  # columns of a product
@@ -38,8 +37,7 @@ BLOCK = gl.constexpr(256)  # tokens of a tile
 GROUP = gl.constexpr(128)  # inputs that share a scale
 WARPGROUPS = gl.constexpr(2)  # that multiply
 FP8_UNIT = gl.constexpr(UNIT.value)
-# Names before and since Triton 3.7
-together = getattr(gl, "thread_barrier", None) or gl.barrier
+# Their names since Triton 3.7, or before
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 TO_FP8 = gl.constexpr(WORDS_TO_FP8.value)
@@ -71,21 +69,20 @@ LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 
-def described(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
-    """Part of x as the copy engine reads or writes it, `block` at a time, in the order that matrix units read."""
-    swizzle = min(block[-1] * x.element_size(), 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=len(block))
-    return TensorDescriptor(x, shape, strides, block, layout)
+def described(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """x (rows, contiguous) as the copy engine reads or writes it, `block` at a time, in matrix units' order."""
+    swizzle = min(block[1] * x.element_size(), 128)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
 @gluon.jit
-def place(unit, row_blocks, token_blocks, TOGETHER: gl.constexpr):
-    """A unit's block of rows, block of tokens and split: TOGETHER blocks of tokens go through the weight together."""
-    tile = unit % (row_blocks * token_blocks)
+def place(tile, row_blocks, token_blocks, TOGETHER: gl.constexpr):
+    """A tile's block of rows and block of tokens: TOGETHER blocks of tokens go through the weight together."""
     begin = tile // (TOGETHER * row_blocks) * TOGETHER
     width = gl.minimum(token_blocks - begin, TOGETHER)
     inner = tile % (TOGETHER * row_blocks)
-    return inner // width, begin + inner % width, unit // (row_blocks * token_blocks)
+    return inner // width, begin + inner % width
 
 
 @gluon.jit
@@ -97,19 +94,16 @@ def fetch(
     full,
     empty,
     num_groups,
-    groups_each,
     row_blocks,
     token_blocks,
-    SPLITS: gl.constexpr,
-    PAIRED: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
     """One warp: have each step's tokens and codes copied, once both warpgroups are done with what was there."""
     step = 0
-    for unit in range(gl.program_id(0), row_blocks * token_blocks * SPLITS, gl.num_programs(0)):
-        row_block, token_block, split = place(unit, row_blocks, token_blocks, TOGETHER)
-        for group in range(split * groups_each, gl.minimum((split + 1) * groups_each, num_groups)):
+    for tile in range(gl.program_id(0), row_blocks * token_blocks, gl.num_programs(0)):
+        row_block, token_block = place(tile, row_blocks, token_blocks, TOGETHER)
+        for group in range(num_groups):
             slot = step % STAGES
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
@@ -117,12 +111,8 @@ def fetch(
             mbarrier.expect(bar, BLOCK * GROUP + WARPGROUPS * TILE * GROUP // 2)
             copy_in(x, [token_block * BLOCK, group * GROUP], bar, x_buffers.index(slot))
             for part in gl.static_range(WARPGROUPS):
-                buffer = code_buffers.index(slot * WARPGROUPS + part)
-                if PAIRED:  # gates and up's in turns of 8, so that a thread has the sums of both
-                    at = [(row_block * num_groups + group) * 8 + part * 4, 0, 0, 0]
-                else:
-                    at = [((row_block * WARPGROUPS + part) * num_groups + group) * TILE, 0]
-                copy_in(codes, at, bar, buffer)
+                at = [((row_block * WARPGROUPS + part) * num_groups + group) * TILE, 0]
+                copy_in(codes, at, bar, code_buffers.index(slot * WARPGROUPS + part))
             step += 1
 
 
@@ -132,7 +122,7 @@ def operand_of(buffer, zero, HAS_ZEROS: gl.constexpr):
 
     No assembly here is pure: it stays in its place among products.
     """
-    words = buffer.reshape((TILE, GROUP // 2)).load(OPERAND)
+    words = buffer.load(OPERAND)
     if HAS_ZEROS:
         four = (zero.to(gl.int32) + 8) * 0x01010101
         four, words = gl.broadcast(gl.convert_layout(four, gl.SliceLayout(1, OPERAND))[:, None], words)
@@ -164,61 +154,21 @@ def add_scaled(total, product, scale):
 
 
 @gluon.jit
-def write(
-    total,
-    x_scale,
-    bias,
-    out,
-    buffer,
-    peaks,
-    rows,
-    row,
-    token,
-    num_tokens,
-    num_outputs,
-    HAS_BIAS: gl.constexpr,
-    PAIRED: gl.constexpr,
-):
-    """Write sums (64, TOKENS) as Y, times token scales, plus bias; or, PAIRED, SiLU(gate) · up, with its peaks.
-
-    The copy engine does it while the warps go on.
+def write(total, x_scale, bias, out, buffer, rows, row, token, num_outputs, HAS_BIAS: gl.constexpr):
+    """Write sums (64, TOKENS) as Y, times token scales, plus bias; the copy engine does it while the warps go on.
 
     Args:
         x_scale: of the tokens, in shared memory.
-        buffer: (TOKENS, 64 or 32), which no copy but the last reads.
-        rows: of W.
-        row: the first of the result.
+        buffer: (TOKENS, 64), which no copy but the last but one reads.
+        rows: of W, and row the first.
     """
     total *= x_scale.load(COLUMNS)[None, :]
     if HAS_BIAS:
         total += gl.load(bias + rows, mask=rows < num_outputs, other=0.0).to(gl.float32)[:, None]
-    y = total.to(out.dtype)
-    if PAIRED:
-        gate, up = gl.split(y.to(gl.float32).reshape(TILE // 16, 2, 8, TOKENS).permute(0, 2, 3, 1))
-        y = (silu(gate, out.dtype) * up).reshape(TILE // 2, TOKENS).to(out.dtype)
-        peak = gl.max(magnitude_bits(y.to(gl.float32)), 0)
-        tokens = token + gl.arange(0, TOKENS, layout=peak.type.layout)
-        gl.store(peaks + tokens * (num_outputs // TILE) + row // (TILE // 2), peak, mask=tokens < num_tokens)
     tma.store_wait(1)
-    buffer.store(y.permute((1, 0)))
+    buffer.store(total.to(out.dtype).permute((1, 0)))
     fence_async_shared()
     copy_out(out, [token, row], buffer)
-
-
-@gluon.jit
-def part_of(partial, PART: gl.constexpr):
-    """Addresses of sums (64, TOKENS) of a part of a tile's tokens among a warpgroup's (64, BLOCK)."""
-    local = gl.arange(0, TILE, layout=ROWS)[:, None] * BLOCK
-    return partial + local + (PART * TOKENS + gl.arange(0, TOKENS, layout=COLUMNS))[None, :]
-
-
-@gluon.jit
-def joined(partial, stride, PART: gl.constexpr, SPLITS: gl.constexpr):
-    """What all splits have summed, in one order."""
-    total = gl.zeros([TILE, TOKENS], gl.float32, SUMS)
-    for split in gl.static_range(SPLITS):
-        total += gl.load(part_of(partial + split * stride, PART), cache_modifier=".cg")
-    return total
 
 
 @gluon.jit
@@ -227,10 +177,7 @@ def multiply(
     scales,
     zeros,
     bias,
-    partial,
-    counters,
     out,
-    peaks,
     x_buffers,
     code_buffers,
     scale_buffers,
@@ -241,34 +188,23 @@ def multiply(
     num_outputs,
     padded,
     num_groups,
-    groups_each,
     row_blocks,
     token_blocks,
     GANG: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    SPLITS: gl.constexpr,
-    PAIRED: gl.constexpr,
     UNROLL: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
     """One warpgroup, GANG of WARPGROUPS: its rows of every tile."""
-    local = gl.arange(0, TILE, layout=ROWS)
     step = 0
     nothing = gl.zeros([TILE, TOKENS], gl.float32, SUMS)
-    tiles = row_blocks * token_blocks
-    for unit in range(gl.program_id(0), tiles * SPLITS, gl.num_programs(0)):
-        row_block, token_block, split = place(unit, row_blocks, token_blocks, TOGETHER)
-        if PAIRED:
-            row = row_block * TILE + GANG * (TILE // 2)
-            rows = row + local // 16 * 8 + local % 8 + local % 16 // 8 * (num_outputs // 2)
-        else:
-            row = (row_block * WARPGROUPS + GANG) * TILE
-            rows = row + local
-        first = split * groups_each
-        last = gl.minimum(first + groups_each, num_groups)
-        at = first * padded + rows
+    for tile in range(gl.program_id(0), row_blocks * token_blocks, gl.num_programs(0)):
+        row_block, token_block = place(tile, row_blocks, token_blocks, TOGETHER)
+        row = (row_block * WARPGROUPS + GANG) * TILE
+        rows = row + gl.arange(0, TILE, layout=ROWS)
+        at = rows
         ok = rows < padded
         scale = gl.load(scales + at, mask=ok, other=0.0)
         zero = scale
@@ -283,7 +219,7 @@ def multiply(
         total3 = nothing
         even = nothing
         odd = nothing
-        for group in range(first, last, UNROLL):
+        for group in range(0, num_groups, UNROLL):
             slot = step % STAGES
             mbarrier.wait(full.index(slot), step // STAGES & 1)
             operand = operand_of(code_buffers.index(slot * WARPGROUPS + GANG), zero, HAS_ZEROS)
@@ -293,7 +229,7 @@ def multiply(
                 x = x_buffers.index(step % STAGES)
                 wide = scale.to(gl.float32) * FP8_UNIT
                 at += padded
-                ahead = ok & (group + sub + 1 < last)
+                ahead = ok & (group + sub + 1 < num_groups)
                 scale = gl.load(scales + at, mask=ahead, other=0.0)
                 if HAS_ZEROS:
                     zero = gl.load(zeros + at, mask=ahead, other=0.0)
@@ -321,37 +257,18 @@ def multiply(
             odd = warpgroup_mma_wait(0, [odd])
             mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
             total3 = add_scaled(total3, odd, before)
-        done = True
-        if SPLITS > 1:
-            tile = unit % tiles * WARPGROUPS + GANG
-            mine = partial + tile.to(gl.int64) * (TILE * BLOCK)
-            stride = tiles.to(gl.int64) * (WARPGROUPS * TILE * BLOCK)
-            this = mine + split * stride
-            gl.store(part_of(this, 0), total0, cache_modifier=".cg")
-            gl.store(part_of(this, 1), total1, cache_modifier=".cg")
-            gl.store(part_of(this, 2), total2, cache_modifier=".cg")
-            gl.store(part_of(this, 3), total3, cache_modifier=".cg")
-            together()  # all warps have stored before the counter tells so
-            done = gl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1
-            if done:
-                total0 = joined(mine, stride, 0, SPLITS)
-                total1 = joined(mine, stride, 1, SPLITS)
-                total2 = joined(mine, stride, 2, SPLITS)
-                total3 = joined(mine, stride, 3, SPLITS)
-                gl.store(counters + tile, 0)
-        if done:
-            kept = scale_buffers.index(GANG)
-            kept.store(x_scales)
-            for part in gl.static_range(BLOCK // TOKENS):
-                total = total0 if part == 0 else total1 if part == 1 else total2 if part == 2 else total3
-                write(
-                    total, kept.slice(part * TOKENS, TOKENS), bias, out, out_buffers.index(2 * GANG + part % 2), peaks,
-                    rows, row, token + part * TOKENS, num_tokens, num_outputs, HAS_BIAS, PAIRED,
-                )  # fmt: skip
+        kept = scale_buffers.index(GANG)
+        kept.store(x_scales)
+        for part in gl.static_range(BLOCK // TOKENS):
+            total = total0 if part == 0 else total1 if part == 1 else total2 if part == 2 else total3
+            write(
+                total, kept.slice(part * TOKENS, TOKENS), bias, out, out_buffers.index(2 * GANG + part % 2), rows, row,
+                token + part * TOKENS, num_outputs, HAS_BIAS,
+            )  # fmt: skip
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "groups_each", "row_blocks", "token_blocks"])
+@gluon.jit(do_not_specialize=["num_tokens", "row_blocks", "token_blocks"])
 def many_tokens_async(
     x,
     x_scale,
@@ -359,45 +276,33 @@ def many_tokens_async(
     scales,
     zeros,
     bias,
-    partial,
-    counters,
     out,
-    peaks,
     num_tokens,
     num_outputs,
     padded,
     num_groups,
-    groups_each,
     row_blocks,
     token_blocks,
     HAS_ZEROS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    SPLITS: gl.constexpr,
-    PAIRED: gl.constexpr,
     UNROLL: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
-    """Y of a weight in groups of 128, or what `linear_kernel.store_active` makes of it. Grid: programs run at once.
+    """Y of a weight in groups of 128, of which the number divides by UNROLL. Grid: as many programs as run at once.
 
     Args:
         x: (M, K) e4m3, described in blocks (BLOCK, 128).
         x_scale: (M,) fp32.
-        codes: of a `PackedInt4`, described as (tiles · G · 64, 64) in blocks (64, 64); PAIRED as (tiles · G · 4, 2, 8,
-            64), 8 rows of gates and of up's, in blocks (4, 2, 8, 64).
+        codes: of a `PackedInt4`, described as (tiles · G · 64, 64) in blocks (64, 64).
         scales, zeros: of a `PackedInt4`; zeros are read with HAS_ZEROS.
         bias: (N,), read with HAS_BIAS.
-        partial: (SPLITS, tiles of Y, 128, BLOCK) fp32, scratch.
-        counters: two a tile of Y, int32, zero before and after.
-        out: (M, N), described in blocks (64, 64), or (M, N / 2) in blocks (64, 32) if PAIRED.
-        peaks: (M, N / 64) int32, the bits of the largest magnitude in each 32 outputs, if PAIRED.
+        out: (M, N), described in blocks (TOKENS, 64).
     """
     x_buffers = gl.allocate_shared_memory(x.dtype, [STAGES, BLOCK, GROUP], x.layout)
-    CODES: gl.constexpr = [STAGES * WARPGROUPS] + codes.block_shape  # noqa: RUF005 (Triton knows no stars)
-    OUTS: gl.constexpr = [2 * WARPGROUPS] + out.block_shape  # noqa: RUF005
-    code_buffers = gl.allocate_shared_memory(codes.dtype, CODES, codes.layout)
+    code_buffers = gl.allocate_shared_memory(codes.dtype, [STAGES * WARPGROUPS, TILE, GROUP // 2], codes.layout)
     scale_buffers = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, BLOCK], PLAIN)
-    out_buffers = gl.allocate_shared_memory(out.dtype, OUTS, out.layout)
+    out_buffers = gl.allocate_shared_memory(out.dtype, [2 * WARPGROUPS, TOKENS, TILE], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -409,28 +314,28 @@ def many_tokens_async(
             (
                 multiply,
                 (
-                    x_scale, scales, zeros, bias, partial, counters, out, peaks, x_buffers, code_buffers,
-                    scale_buffers, out_buffers, full, empty, num_tokens, num_outputs, padded, num_groups, groups_each,
-                    row_blocks, token_blocks, 0, HAS_ZEROS, HAS_BIAS, SPLITS, PAIRED, UNROLL, STAGES, TOGETHER,
+                    x_scale, scales, zeros, bias, out, x_buffers, code_buffers, scale_buffers, out_buffers, full, empty,
+                    num_tokens, num_outputs, padded, num_groups, row_blocks, token_blocks, 0, HAS_ZEROS, HAS_BIAS,
+                    UNROLL, STAGES, TOGETHER,
                 ),
             ),
             (
                 multiply,
                 (
-                    x_scale, scales, zeros, bias, partial, counters, out, peaks, x_buffers, code_buffers,
-                    scale_buffers, out_buffers, full, empty, num_tokens, num_outputs, padded, num_groups, groups_each,
-                    row_blocks, token_blocks, 1, HAS_ZEROS, HAS_BIAS, SPLITS, PAIRED, UNROLL, STAGES, TOGETHER,
+                    x_scale, scales, zeros, bias, out, x_buffers, code_buffers, scale_buffers, out_buffers, full, empty,
+                    num_tokens, num_outputs, padded, num_groups, row_blocks, token_blocks, 1, HAS_ZEROS, HAS_BIAS,
+                    UNROLL, STAGES, TOGETHER,
                 ),
             ),
             (
                 fetch,
                 (
-                    x, codes, x_buffers, code_buffers, full, empty, num_groups, groups_each, row_blocks, token_blocks,
-                    SPLITS, PAIRED, STAGES, TOGETHER,
+                    x, codes, x_buffers, code_buffers, full, empty, num_groups, row_blocks, token_blocks, STAGES,
+                    TOGETHER,
                 ),
             ),
         ],
         [4, 1],
-        [240, 24],
+        [240, 24],  # registers of a thread
     )  # fmt: skip
     gdc_launch_dependents()

@@ -27,7 +27,7 @@ SMALL = 2**18
 MAX_WIDTH = 65536  # features of a token that a quantizing program holds
 PAIRED_UP_TO = 2048  # tokens up to which SwiGLU is done where the product is
 PART = 1024  # features of a token that a program of `quantize_parts` holds
-ASYNC_FROM = 128  # tokens above which products are asynchronous
+ASYNC_TOKENS = 256  # a program of `linear_async`, which has 128 rows
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -73,16 +73,23 @@ class Cut:
             return cls(64, 64, 1, 4, 3, splits, lines=256 if splits > 1 else 0)
         if tokens <= 128 and outputs % 128 == 0 and outputs // 128 >= MULTIPROCESSORS:
             return cls(128, 64, 2, 4, 3, descriptor=True)
-        # Two programs run on a multiprocessor at a time. One of 128 tokens takes 0.55 of the time of one of 256.
-        slots = 2 * MULTIPROCESSORS
-        single, double = (tiles * triton.cdiv(tokens, size) for size in (128, 256))
-        if single <= slots:
-            splits = min(_power_of_two(slots // single, groups // 4), 4)
+        single, double = _waves(tokens, tiles)
+        if single == 1:
+            splits = min(_power_of_two(2 * MULTIPROCESSORS // (tiles * triton.cdiv(tokens, 128)), groups // 4), 4)
             if splits == 1:
                 return cls(64, 64, 2, 4, 4, descriptor=True)
             return cls(64, 128, 1, 4, 3, splits, descriptor=True)
-        parts = 1 if 0.55 * triton.cdiv(single, slots) < triton.cdiv(double, slots) else 2
+        parts = 1 if 0.55 * single < double else 2
         return cls(64, 128, parts, 4, 3, descriptor=True)
+
+
+def _waves(tokens: int, tiles: int) -> tuple[int, int]:
+    """How often programs of 64 rows by 128 tokens, and by 256, fill the device: two run on a multiprocessor at a time.
+
+    The first take 0.55 of the time of the others; those of `linear_async`, one at a time, 0.89 of it.
+    """
+    single, double = (triton.cdiv(tiles * triton.cdiv(tokens, size), 2 * MULTIPROCESSORS) for size in (128, 256))
+    return single, double
 
 
 def _power_of_two(wanted: int, most: int) -> int:
@@ -90,35 +97,19 @@ def _power_of_two(wanted: int, most: int) -> int:
     return 1 << min(max(min(wanted, most), 1).bit_length() - 1, 3)
 
 
-@dataclass(frozen=True)
-class AsyncCut:
-    """How a product is cut for `linear_gluon.many_tokens_async`, in tiles of 128 rows by 256 tokens.
+def is_async(x: Tensor, weight: PackedInt4, dtype: torch.dtype) -> bool:
+    """Whether `linear_async` takes this product and is faster, as benchmarks/int4_fp8.py found.
 
-    Attributes:
-        splits: of K.
-        together: blocks of tokens that go through the weight together.
-        unroll: groups, of which a whole number is in each split, with no pause between.
-        stages: groups whose tokens and codes are in shared memory.
+    It takes groups of 128, and rows of x and Y of whole 16 bytes, which the copy engine fetches and writes.
     """
-
-    splits: int = 1
-    together: int = 8
-    unroll: int = 1
-    stages: int = 4
-
-    @classmethod
-    def of(cls, x: Tensor, weight: PackedInt4, dtype: torch.dtype) -> AsyncCut | None:
-        """The cut that benchmarks/int4_fp8.py found, or None where `many_tokens` or `few_tokens` is faster.
-
-        Also None for what the copy engine cannot fetch or write: rows of no whole 16 bytes.
-        """
-        (rows, inputs), outputs = x.shape, weight.out_features
-        half = weight.codes.shape[-1]
-        aligned = inputs % 16 == x.data_ptr() % 16 == weight.codes.data_ptr() % 16 == 0
-        aligned = aligned and outputs * dtype.itemsize % 16 == 0
-        if not (HAS_GLUON and x.is_cuda and half == TILE and aligned and rows > ASYNC_FROM):
-            return None
-        return cls()
+    rows, inputs = x.shape
+    aligned = inputs % 16 == x.data_ptr() % 16 == weight.out_features * dtype.itemsize % 16 == 0
+    if not (HAS_GLUON and x.is_cuda and aligned and weight.codes.shape[-1] == TILE):
+        return False
+    tiles = weight.codes.shape[0]
+    single, double = _waves(rows, tiles)
+    programs = triton.cdiv(tiles, 2) * triton.cdiv(rows, ASYNC_TOKENS)
+    return single > 1 and 0.89 * triton.cdiv(programs, MULTIPROCESSORS) < min(0.55 * single, double)
 
 
 def linear(
@@ -127,13 +118,30 @@ def linear(
     weight: PackedInt4,
     bias: Tensor | None,
     dtype: torch.dtype,
-    cut: Cut | AsyncCut | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
     """Y (M, N) = x_scale · (x Wᵀ) + b of x (M, K) e4m3 and x_scale (M,) fp32; all contiguous, on one device."""
-    cut = cut or AsyncCut.of(x, weight, dtype)
-    if isinstance(cut, AsyncCut):
-        return _product_async(x, x_scale, weight, bias, dtype, cut, paired=False)[0]
+    if cut is None and is_async(x, weight, dtype):
+        return linear_async(x, x_scale, weight, bias, dtype)
     return _product(x, x_scale, weight, bias, dtype, cut, paired=False)[0]
+
+
+def linear_async(
+    x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | None, dtype: torch.dtype, together: int = 8
+) -> Tensor:
+    """`linear` by the kernel in Gluon, of what `is_async` says that it takes; `together` blocks of tokens at a time."""
+    rows, outputs = len(x), weight.out_features
+    tiles, groups, _, half = weight.codes.shape
+    row_blocks, token_blocks = triton.cdiv(tiles, 2), triton.cdiv(rows, ASYNC_TOKENS)
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    many_tokens_async[(min(row_blocks * token_blocks, MULTIPROCESSORS),)](
+        described(x, [ASYNC_TOKENS, 2 * half]), x_scale, described(weight.codes.view(-1, half), [TILE, half]),
+        weight.scales, weight.scales if weight.zeros is None else weight.zeros, y if bias is None else bias,
+        described(y, [64, TILE]), rows, outputs, tiles * TILE, groups, row_blocks, token_blocks,
+        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, UNROLL=2 if groups % 2 == 0 else 1,
+        STAGES=4, TOGETHER=together, num_warps=4, maxnreg=168, launch_pdl=True,
+    )  # fmt: skip
+    return y
 
 
 def gated(
@@ -142,24 +150,18 @@ def gated(
     weight: PackedInt4,
     bias: Tensor | None,
     dtype: torch.dtype,
-    cut: Cut | AsyncCut | None = None,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Codes (M, I) and scale of SiLU(gate) · up, of a weight (2 I, K), gates first.
 
     The product's programs have gates and up's of the same outputs, so that another launch needs but the largest. None
     if 2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
     """
-    chosen = cut or AsyncCut.of(x, weight, dtype)
-    if isinstance(chosen, AsyncCut):
-        if weight.out_features % (2 * TILE):
-            return None
-        active, peaks = _product_async(x, x_scale, weight, bias, dtype, chosen, paired=True)
-    else:
-        chosen = chosen or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
-        slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
-        if slower or weight.out_features % chosen.rows:
-            return None
-        active, peaks = _product(x, x_scale, weight, bias, dtype, chosen, paired=True)
+    chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
+    slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO or is_async(x, weight, dtype))
+    if slower or weight.out_features % chosen.rows:
+        return None
+    active, peaks = _product(x, x_scale, weight, bias, dtype, chosen, paired=True)
     width = active.shape[1]
     codes, scale = _made(len(x), width, x)
     block, warps = _shape(width, len(x)) if len(x) >= MULTIPROCESSORS else (PART, 4)
@@ -169,44 +171,6 @@ def gated(
         launch_pdl=x.is_cuda,
     )  # fmt: skip
     return codes, scale
-
-
-def _product_async(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: PackedInt4,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    cut: AsyncCut,
-    paired: bool,
-) -> tuple[Tensor, Tensor]:
-    """`_product`, by the kernel in Gluon."""
-    rows, inputs, outputs = *x.shape, weight.out_features
-    tiles, groups, _, half = weight.codes.shape
-    width, block = (outputs // 2, TILE // 2) if paired else (outputs, TILE)
-    row_blocks, token_blocks = triton.cdiv(tiles, 2), triton.cdiv(rows, 256)
-    each = triton.cdiv(groups, cut.splits * cut.unroll) * cut.unroll
-    splits = triton.cdiv(groups, each)
-    y = torch.empty(rows, width, dtype=dtype, device=x.device)
-    partial, counters, peaks = y, y, y
-    if paired:
-        peaks = torch.empty(rows, outputs // TILE, dtype=torch.int32, device=x.device)
-        up = tiles // 2 * groups * TILE * half  # from a gate's codes to its up's
-        codes = described(weight.codes, [tiles // 2 * groups * 8, 2, 8, half], [8 * half, up, half, 1], [4, 2, 8, half])
-    else:
-        codes = described(weight.codes, [tiles * groups * TILE, half], [half, 1], [TILE, half])
-    if splits > 1:
-        partial = torch.empty(splits, row_blocks * token_blocks, 128, 256, dtype=torch.float32, device=x.device)
-        counters = counters_of(weight.codes, row_blocks * token_blocks * 2)
-    many_tokens_async[(min(row_blocks * token_blocks * splits, MULTIPROCESSORS),)](
-        described(x, [rows, inputs], [inputs, 1], [256, 2 * half]), x_scale, codes, weight.scales,
-        weight.scales if weight.zeros is None else weight.zeros, y if bias is None else bias, partial, counters,
-        described(y, [rows, width], [width, 1], [64, block]), peaks, rows, outputs, tiles * TILE, groups, each,
-        row_blocks, token_blocks, HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, SPLITS=splits,
-        PAIRED=paired, UNROLL=cut.unroll, STAGES=cut.stages, TOGETHER=cut.together, num_warps=4, maxnreg=168,
-        launch_pdl=True,
-    )  # fmt: skip
-    return y, peaks
 
 
 def _product(

@@ -5,19 +5,17 @@ import math
 import pytest
 import torch
 
-from kit.kernels import counters
 from kit.kernels.int4_fp8 import int4_fp8_linear, int4_fp8_swiglu, prepack, quantize_fp8, swiglu_quantize
 from kit.kernels.int4_fp8.linear import HAS_TRITON
 
 if not HAS_TRITON:
     pytest.skip("no Triton", allow_module_level=True)
 from kit.kernels.int4_fp8 import linear_launch
-from kit.kernels.int4_fp8.linear_launch import AsyncCut, Cut
+from kit.kernels.int4_fp8.linear_launch import is_async, linear, linear_async
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 on_hopper = pytest.mark.skipif(not (GPU and linear_launch.HAS_GLUON), reason="needs a Hopper GPU and Gluon")
-PLAIN = Cut(64, 128, 1, 4, 3, descriptor=True)
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +56,11 @@ def error(y, expected):
 
 
 @on_hopper
-@pytest.mark.parametrize("cut", [AsyncCut(), AsyncCut(splits=3), AsyncCut(splits=8), AsyncCut(together=1)], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs", "size", "zeros", "dtype"),
     [
-        (256, 128, 128, 128, False, torch.float32),  # a single step
+        (256, 128, 128, 128, False, torch.float32),  # a single group
+        (256, 128, 384, 128, True, torch.float32),
         (1, 64, 1280, 128, False, torch.bfloat16),  # half of the rows of a tile
         (300, 1096, 1152, 128, False, torch.float16),  # 17.1 tiles of rows
         (77, 200, 1040, 1040, False, torch.bfloat16),  # a last group of 16 inputs
@@ -71,13 +69,13 @@ def error(y, expected):
         (513, 17152, 384, 128, False, torch.bfloat16),  # more tiles than programs
     ],
 )
-def test_products_are_the_formula(cut, tokens, outputs, inputs, size, zeros, dtype):
+def test_products_are_the_formula(tokens, outputs, inputs, size, zeros, dtype):
     packed, exact = weight(outputs, inputs, size, zeros, dtype)
     x, bias = inputs_of(tokens, inputs), torch.randn(outputs, device=DEVICE).to(dtype)
-    y = linear_launch.linear(*x, packed, bias, torch.float32, cut)
+    y = linear_async(*x, packed, bias, torch.float32)
     assert error(y, product(x, exact, bias)) < 1e-4
-    assert torch.equal(linear_launch.linear(*x, packed, bias, torch.float32, cut), y)
-    y = linear_launch.linear(*x, packed, None, torch.bfloat16, cut)
+    assert torch.equal(linear_async(*x, packed, bias, torch.float32, together=1), y)
+    y = linear_async(*x, packed, None, torch.bfloat16)
     assert error(y, product(x, exact)) < 3e-3
 
 
@@ -91,7 +89,7 @@ def test_every_code_less_every_zero_point_is_exact():
     x = torch.zeros(200, 128, dtype=torch.uint8)
     x[:, 77] = torch.arange(200) % 127  # e4m3 numbers
     x = x.view(torch.float8_e4m3fn)
-    y = linear_launch.linear(x.to(DEVICE), torch.ones(200, device=DEVICE), packed, None, torch.float32, AsyncCut())
+    y = linear_async(x.to(DEVICE), torch.ones(200, device=DEVICE), packed, None, torch.float32)
     assert torch.equal(y.cpu(), x[:, 77].float()[:, None] * (codes - zeros).float()[None])
 
 
@@ -101,75 +99,63 @@ def test_nan_and_scales_at_their_ends_stay_where_they_are():
         packed, exact = weight(192, 512, dtype=torch.float32, magnitude=magnitude)
         codes, scale = inputs_of(140, 512)
         codes.view(torch.uint8)[3, 5] = 127
-        y = linear_launch.linear(codes, scale, packed, None, torch.float32, AsyncCut())
+        y = linear_async(codes, scale, packed, None, torch.float32)
         assert y.isnan().all(1).nonzero().flatten().tolist() == [3]
         rest = torch.arange(140, device=DEVICE) != 3
         assert error(y[rest], product((codes, scale), exact)[rest]) < 1e-4
 
 
 @on_hopper
-@pytest.mark.parametrize("cut", [AsyncCut(), AsyncCut(splits=2)], ids=str)
-@pytest.mark.parametrize(("tokens", "width", "inputs", "zeros"), [(300, 640, 512, False), (1025, 64, 1152, True)])
-def test_swiglu_where_the_product_is_has_the_same_bits(cut, tokens, width, inputs, zeros):
-    packed, _ = weight(2 * width, inputs, zeros=zeros)
-    x, bias = inputs_of(tokens, inputs), torch.randn(2 * width, device=DEVICE)
-    codes, scale = linear_launch.gated(*x, packed, bias, torch.bfloat16, cut)
-    expected = swiglu_quantize(linear_launch.linear(*x, packed, bias, torch.bfloat16, cut))
-    assert torch.equal(codes.view(torch.uint8), expected[0].view(torch.uint8))
-    assert torch.equal(scale, expected[1])
-
-
-@on_hopper
-def test_scratch_is_left_clean():
-    packed, _ = weight(256, 1024)
-    x = inputs_of(300, 1024)
-    counters._counters.clear()
-    first = linear_launch.linear(*x, packed, None, torch.float32, AsyncCut(splits=4))
-    assert torch.equal(linear_launch.linear(*x, packed, None, torch.float32, AsyncCut(splits=4)), first)
-    assert counters._counters
-    assert not any(each.any() for each in counters._counters.values())
-
-
-@on_hopper
-@pytest.mark.parametrize("tokens", [200, 1024])
-def test_a_replayed_graph_reads_its_inputs_anew(tokens):
-    packed, exact = weight(512, 1024)
-    x = torch.randn(tokens, 1024, device=DEVICE)
+def test_a_replayed_graph_reads_its_inputs_anew():
+    packed, exact = weight(8448, 256)  # 264 programs
+    x = torch.randn(512, 256, device=DEVICE)
+    assert is_async(quantize_fp8(x)[0], packed, x.dtype)
+    int4_fp8_linear(x, packed)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = int4_fp8_linear(x, packed)
     for _ in range(2):
         x.normal_()
         graph.replay()
-        assert error(y, product(quantize_fp8(x), exact)) < 3e-4
+        assert error(y, product(quantize_fp8(x), exact)) < 1e-4
 
 
 @on_hopper
-@pytest.mark.parametrize(("outputs", "tokens"), [(1024, 256), (1024, 700), (1096, 256), (1096, 3000)])
-def test_swiglu_has_the_same_bits_whichever_launches_it_takes(outputs, tokens):
-    packed, _ = weight(outputs, 1024)
-    x = inputs_of(tokens, 1024)
+def test_compiled_code_calls_it():
+    packed, exact = weight(8448, 256)
+    x = torch.randn(512, 256, device=DEVICE)
+    y = torch.compile(int4_fp8_linear, fullgraph=True)(x, packed)
+    assert error(y, product(quantize_fp8(x), exact)) < 1e-4
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [200, 512, 3000])
+def test_swiglu_of_it_takes_another_launch_and_has_the_same_bits(tokens):
+    packed, _ = weight(8448, 256)
+    x = inputs_of(tokens, 256)
     codes, scale = int4_fp8_swiglu(x, packed)
     expected = swiglu_quantize(int4_fp8_linear(x, packed))
     assert torch.equal(codes.view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(scale, expected[1])
 
 
-def test_shapes_that_the_copy_engine_refuses_take_the_plain_kernel(monkeypatch):
-    fine, _ = weight(256, 256)
-    x = inputs_of(300, 256)[0]
-    of = lambda x, packed, dtype=torch.bfloat16: AsyncCut.of(x, packed, dtype)  # noqa: E731
-    assert (of(x, fine) is not None) == bool(GPU and linear_launch.HAS_GLUON)
-    assert of(x[:20], fine) is None  # few tokens
-    assert of(x, weight(257, 256)[0]) is None  # rows of Y of 514 bytes
-    assert of(x, weight(256, 256, 64)[0]) is None
+def test_it_is_left_to_the_plain_kernel_what_the_copy_engine_refuses_or_that_is_faster(monkeypatch):
+    here = bool(GPU and linear_launch.HAS_GLUON)
+    fine, x = weight(8448, 256)[0], inputs_of(512, 256)[0]
+    assert is_async(x, fine, torch.bfloat16) == here
+    assert not is_async(x[:128], fine, torch.bfloat16)
+    assert not is_async(x, weight(4096, 256)[0], torch.bfloat16)  # half of the multiprocessors
+    assert not is_async(x, weight(8449, 256)[0], torch.bfloat16)  # rows of Y of 16,898 bytes
+    assert not is_async(x, weight(8448, 256, 64)[0], torch.bfloat16)
+    assert not is_async(x.view(-1)[8:-248].view(-1, 256), fine, torch.bfloat16)  # it begins at 8 bytes
     monkeypatch.setattr(linear_launch, "HAS_GLUON", False)
-    assert of(x, fine) is None
+    assert not is_async(x, fine, torch.bfloat16)
 
 
 @on_hopper
 def test_without_gluon_the_product_is_the_same(monkeypatch):
-    packed, exact = weight(512, 1024)
-    x = inputs_of(300, 1024)
+    packed, exact = weight(8448, 256)
+    x = inputs_of(512, 256)
     monkeypatch.setattr(linear_launch, "HAS_GLUON", False)
-    assert error(linear_launch.linear(*x, packed, None, torch.float32), product(x, exact)) < 1e-4
+    assert error(linear(*x, packed, None, torch.float32), product(x, exact)) < 1e-4
+    assert linear_launch.gated(*x, packed, None, torch.bfloat16) is not None
