@@ -134,12 +134,11 @@ def linear_async(
     tiles, groups, _, half = weight.codes.shape
     row_blocks, token_blocks = triton.cdiv(tiles, 2), triton.cdiv(rows, ASYNC_TOKENS)
     y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
-    unroll = 2 if groups % 2 == 0 and weight.zeros is None else 1  # zero points take too many registers for two
     many_tokens_async[(min(row_blocks * token_blocks, MULTIPROCESSORS),)](
         described(x, [ASYNC_TOKENS, 2 * half]), x_scale, described(weight.codes.view(-1, half), [TILE, half]),
         weight.scales, weight.scales if weight.zeros is None else weight.zeros, y if bias is None else bias,
-        described(y, [64, TILE]), rows, outputs, tiles * TILE, groups, row_blocks, token_blocks,
-        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, UNROLL=unroll, STAGES=4,
+        described(y, [ASYNC_TOKENS // 2, TILE]), rows, outputs, tiles * TILE, groups, row_blocks, token_blocks,
+        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, STAGES=4 if dtype.itemsize == 2 else 2,
         TOGETHER=together, num_warps=4, maxnreg=168, launch_pdl=True,
     )  # fmt: skip
     return y
