@@ -103,7 +103,8 @@ def is_async(x: Tensor, weight: PackedInt4, dtype: torch.dtype) -> bool:
     It takes groups of 128, and rows of x and Y of whole 16 bytes, which the copy engine fetches and writes.
     """
     rows, inputs = x.shape
-    aligned = inputs % 16 == x.data_ptr() % 16 == weight.out_features * dtype.itemsize % 16 == 0
+    addresses = x.data_ptr() | weight.codes.data_ptr()
+    aligned = inputs % 16 == addresses % 16 == weight.out_features * dtype.itemsize % 16 == 0
     if not (HAS_GLUON and x.is_cuda and aligned and weight.codes.shape[-1] == TILE):
         return False
     tiles = weight.codes.shape[0]
