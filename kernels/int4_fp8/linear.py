@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kit.kernels.int4_fp8.dispatch import operation
 from kit.kernels.int4_fp8.packing import PackedInt4
 from kit.kernels.int4_fp8.reference import FP8, quantize_activations
 
@@ -175,7 +176,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _operation(function: Any) -> Any:
-    return torch.library.custom_op(f"{NAMESPACE}::{function.__name__.strip('_')}", function, mutates_args=())
+    return operation(f"{NAMESPACE}::{function.__name__.strip('_')}")(function)
 
 
 @_operation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kit.kernels.counters import counters_of
-from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, few_tokens_int8, group_sums, many_tokens, triton
+from kit.kernels.int4_fp8.dispatch import ceil_div, power_of_two
+from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, few_tokens_int8, group_sums, many_tokens
 from kit.kernels.int4_fp8.packing import TILE, PackedInt4
 from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_parts, quantize_rows, swiglu_rows
 from kit.kernels.int4_fp8.reference import FP8
@@ -50,10 +52,11 @@ class Cut:
     lines: int = 0
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)
     def of(cls, tokens: int, outputs: int, groups: int) -> Cut:
         """The cut for M tokens, N output features padded to tiles and G groups, as benchmarks/int4_fp8.py found it."""
         if tokens <= FEW or (tokens <= 2 * FEW and outputs * groups <= SMALL):
-            splits = triton.cdiv(groups, 32)
+            splits = ceil_div(groups, 32)
             lines = 128 if outputs // 16 * splits <= 4 * MULTIPROCESSORS else 0
             return cls(16, 8 if tokens <= 8 else 16, 0, 4, 3, splits, lines=lines)
         tiles = outputs // TILE
@@ -67,13 +70,13 @@ class Cut:
             return cls(128, 64, 2, 4, 3, descriptor=True)
         # Two programs run on a multiprocessor at a time. One of 128 tokens takes 0.55 of the time of one of 256.
         slots = 2 * MULTIPROCESSORS
-        single, double = (tiles * triton.cdiv(tokens, size) for size in (128, 256))
+        single, double = (tiles * ceil_div(tokens, size) for size in (128, 256))
         if single <= slots:
             splits = min(_power_of_two(slots // single, groups // 4), 4)
             if splits == 1:
                 return cls(64, 64, 2, 4, 4, descriptor=True)
             return cls(64, 128, 1, 4, 3, splits, descriptor=True)
-        parts = 1 if 0.55 * triton.cdiv(single, slots) < triton.cdiv(double, slots) else 2
+        parts = 1 if 0.55 * ceil_div(single, slots) < ceil_div(double, slots) else 2
         return cls(64, 128, parts, 4, 3, descriptor=True)
 
 
@@ -115,9 +118,9 @@ def gated(
     width = active.shape[1]
     codes, scale = _made(len(x), width, x)
     block, warps = _shape(width, len(x)) if len(x) >= MULTIPROCESSORS else (PART, 4)
-    quantize_parts[(len(x), triton.cdiv(width, block))](
+    quantize_parts[(len(x), ceil_div(width, block))](
         active, peaks, codes.view(torch.uint8), scale, width, peaks.shape[1],
-        PEAKS=triton.next_power_of_2(peaks.shape[1]), BLOCK=block, PLAIN=not x.is_cuda, num_warps=warps,
+        PEAKS=power_of_two(peaks.shape[1]), BLOCK=block, PLAIN=not x.is_cuda, num_warps=warps,
         launch_pdl=x.is_cuda,
     )  # fmt: skip
     return codes, scale
@@ -142,7 +145,7 @@ def _product(
     sums, zeros = x_scale, weight.scales
     if weight.zeros is not None:
         zeros, sums = weight.zeros, torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-        group_sums[(rows, triton.cdiv(groups, 32))](
+        group_sums[(rows, ceil_div(groups, 32))](
             x.view(torch.uint8),
             sums,
             inputs,
@@ -154,9 +157,9 @@ def _product(
             launch_pdl=not plain,
         )
     step = cut.warps if not cut.parts else 1
-    each = triton.cdiv(triton.cdiv(groups, step), cut.splits) * step
-    splits = triton.cdiv(groups, each)
-    blocks = triton.cdiv(rows, cut.tokens * max(cut.parts, 1))
+    each = ceil_div(ceil_div(groups, step), cut.splits) * step
+    splits = ceil_div(groups, each)
+    blocks = ceil_div(rows, cut.tokens * max(cut.parts, 1))
     programs = (outputs if paired else padded) // cut.rows * blocks
     partial, counters, peaks = y, y, y
     if paired:
@@ -201,7 +204,7 @@ def _product(
 def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Y (M, N) of at most 2 FEW tokens x (M, K) and a weight of codes (N, K) int8 and scales (N,); all contiguous."""
     y = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
-    few_tokens_int8[(triton.cdiv(len(codes), 16),)](
+    few_tokens_int8[(ceil_div(len(codes), 16),)](
         x, codes, scale, y, len(x), x.shape[1], len(codes), BM=FEW if len(x) <= FEW else 2 * FEW, BN=16, BK=128,
         STEP=4, STAGES=4, PLAIN=not x.is_cuda, num_warps=4, launch_pdl=x.is_cuda,
     )  # fmt: skip
@@ -215,7 +218,7 @@ def expand(weight: PackedInt4) -> tuple[Tensor, Tensor]:
     out = torch.empty(weight.out_features, weight.in_features, dtype=FP8, device=device)
     scale = torch.empty(1, weight.out_features, dtype=torch.float32, device=device)
     has_zeros = weight.zeros is not None
-    expand_rows[(tiles, triton.cdiv(groups, 4))](
+    expand_rows[(tiles, ceil_div(groups, 4))](
         weight.codes, weight.scales, weight.zeros if has_zeros else weight.scales, out.view(torch.uint8), scale,
         weight.in_features, weight.out_features, tiles * TILE, groups, HAS_ZEROS=has_zeros, HALF=half, BG=4, BN=TILE,
         PLAIN=not out.is_cuda, num_warps=4, launch_pdl=out.is_cuda,
@@ -225,7 +228,7 @@ def expand(weight: PackedInt4) -> tuple[Tensor, Tensor]:
 
 def _shape(width: int, rows: int) -> tuple[int, int]:
     """Block and warps of a program that holds a token's features; with few tokens it is all that one waits for."""
-    block = triton.next_power_of_2(width)
+    block = power_of_two(width)
     return block, min(max(block // (256 if rows < MULTIPROCESSORS else 512), 1), 32 if rows < MULTIPROCESSORS else 16)
 
 
