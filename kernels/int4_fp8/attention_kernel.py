@@ -337,7 +337,7 @@ def encode(
                 spreading = tl.dot(spread.to(tl.float32), error, spreading, input_precision="tf32x3")
             tl.store(errors + room[None, :] + (block * BLOCK + inner)[:, None] * ROWS, spreading)
             tl.debug_barrier()  # what was stored is read by other threads
-            lost = ()
+            lost, found = (), ()
             for step in tl.static_range(BLOCK):
                 at = block * BLOCK + step
                 channel = tl.load(order + at)
@@ -347,8 +347,11 @@ def encode(
                     value -= lost[before] * tl.load(factor + (block * BLOCK + before) * DIM + at).to(tl.float32)
                 code = code_of(value)
                 lost = lost + (value - code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no stars)
-                tl.store(errors + room + at * ROWS, value - code)
-                tl.store(unpacked + room + channel * ROWS, (code + 8.0).to(tl.int32).to(tl.uint8))
+                found = found + (code,)  # type: ignore[assignment]  # noqa: RUF005
+            for step in tl.static_range(BLOCK):  # not before: loads must not wait for stores that they might read
+                at = block * BLOCK + step
+                tl.store(errors + room + at * ROWS, lost[step])
+                tl.store(unpacked + room + tl.load(order + at) * ROWS, (found[step] + 8.0).to(tl.int32).to(tl.uint8))
             tl.debug_barrier()
         channel = tl.arange(0, HALF)[:, None]
         lower = tl.trans(tl.load(unpacked + room[None, :] + channel * ROWS)).to(tl.int32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kit.kernels.counters import counters_of
-from kit.kernels.int4_fp8.dispatch import ceil_div, power_of_two
+from kit.kernels.int4_fp8.dispatch import ceil_div, launch, power_of_two
 from kit.kernels.int4_fp8.linear_kernel import expand_rows, few_tokens, few_tokens_int8, group_sums, many_tokens
 from kit.kernels.int4_fp8.packing import TILE, PackedInt4
 from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_parts, quantize_rows, swiglu_rows
@@ -118,7 +118,8 @@ def gated(
     width = active.shape[1]
     codes, scale = _made(len(x), width, x)
     block, warps = _shape(width, len(x)) if len(x) >= MULTIPROCESSORS else (PART, 4)
-    quantize_parts[(len(x), ceil_div(width, block))](
+    launch(
+        quantize_parts, (len(x), ceil_div(width, block)),
         active, peaks, codes.view(torch.uint8), scale, width, peaks.shape[1],
         PEAKS=power_of_two(peaks.shape[1]), BLOCK=block, PLAIN=not x.is_cuda, num_warps=warps,
         launch_pdl=x.is_cuda,
@@ -145,7 +146,9 @@ def _product(
     sums, zeros = x_scale, weight.scales
     if weight.zeros is not None:
         zeros, sums = weight.zeros, torch.empty(rows, groups, dtype=torch.float32, device=x.device)
-        group_sums[(rows, ceil_div(groups, 32))](
+        launch(
+            group_sums,
+            (rows, ceil_div(groups, 32)),
             x.view(torch.uint8),
             sums,
             inputs,
@@ -184,7 +187,8 @@ def _product(
     bias = y if bias is None else bias
     grid = (programs, splits)
     if not cut.parts:
-        few_tokens[grid](
+        launch(
+            few_tokens, grid,
             x.view(torch.uint8), x_scale, weight.codes, weight.scales, zeros, sums, bias, partial, counters, y, peaks,
             rows, inputs, outputs, padded, groups, each, STEP=step, PAIRED=paired, **options,
         )  # fmt: skip
@@ -193,7 +197,8 @@ def _product(
         by_descriptor = cut.descriptor and not plain and inputs % 16 == x.data_ptr() % 16 == 0
         if by_descriptor:
             given = TensorDescriptor(x, [rows, inputs], [inputs, 1], [cut.tokens, 2 * half])
-        many_tokens[grid](
+        launch(
+            many_tokens, grid,
             given, x_scale, weight.codes, weight.scales, zeros, sums, bias, partial,
             counters, y, peaks, rows, inputs, outputs, padded, groups, each, blocks, PAIRED=paired, PARTS=cut.parts,
             TOGETHER=cut.together, DESCRIPTOR=by_descriptor, **options,
@@ -204,7 +209,8 @@ def _product(
 def linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Y (M, N) of at most 2 FEW tokens x (M, K) and a weight of codes (N, K) int8 and scales (N,); all contiguous."""
     y = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
-    few_tokens_int8[(ceil_div(len(codes), 16),)](
+    launch(
+        few_tokens_int8, (ceil_div(len(codes), 16),),
         x, codes, scale, y, len(x), x.shape[1], len(codes), BM=FEW if len(x) <= FEW else 2 * FEW, BN=16, BK=128,
         STEP=4, STAGES=4, PLAIN=not x.is_cuda, num_warps=4, launch_pdl=x.is_cuda,
     )  # fmt: skip
@@ -218,7 +224,8 @@ def expand(weight: PackedInt4) -> tuple[Tensor, Tensor]:
     out = torch.empty(weight.out_features, weight.in_features, dtype=FP8, device=device)
     scale = torch.empty(1, weight.out_features, dtype=torch.float32, device=device)
     has_zeros = weight.zeros is not None
-    expand_rows[(tiles, ceil_div(groups, 4))](
+    launch(
+        expand_rows, (tiles, ceil_div(groups, 4)),
         weight.codes, weight.scales, weight.zeros if has_zeros else weight.scales, out.view(torch.uint8), scale,
         weight.in_features, weight.out_features, tiles * TILE, groups, HAS_ZEROS=has_zeros, HALF=half, BG=4, BN=TILE,
         PLAIN=not out.is_cuda, num_warps=4, launch_pdl=out.is_cuda,
@@ -241,7 +248,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantize_activations` of x (M, K), rows contiguous."""
     codes, scale = _made(x.shape[0], x.shape[1], x)
     block, warps = _shape(x.shape[1], x.shape[0])
-    quantize_rows[(x.shape[0],)](
+    launch(
+        quantize_rows,
+        (x.shape[0],),
         x,
         codes.view(torch.uint8),
         scale,
@@ -260,7 +269,8 @@ def norm_quantize(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
     codes, scale = _made(x.shape[0], x.shape[1], x)
     block, warps = _shape(x.shape[1], x.shape[0])
     summed = x if residual is None else torch.empty_like(x)
-    norm_rows[(x.shape[0],)](
+    launch(
+        norm_rows, (x.shape[0],),
         x, x if residual is None else residual, weight, summed, codes.view(torch.uint8), scale, eps, x.shape[1],
         HAS_RESIDUAL=residual is not None, BLOCK=block, PLAIN=not x.is_cuda, num_warps=warps,
         launch_pdl=x.is_cuda,
@@ -273,7 +283,9 @@ def swiglu_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     codes, scale = _made(rows, width, gate_up)
     block, warps = _shape(width, rows)
-    swiglu_rows[(rows,)](
+    launch(
+        swiglu_rows,
+        (rows,),
         gate_up,
         codes.view(torch.uint8),
         scale,
