@@ -351,7 +351,8 @@ def encode(
             for step in tl.static_range(BLOCK):  # not before: loads must not wait for stores that they might read
                 at = block * BLOCK + step
                 tl.store(errors + room + at * ROWS, lost[step])
-                tl.store(unpacked + room + tl.load(order + at) * ROWS, (found[step] + 8.0).to(tl.int32).to(tl.uint8))
+                byte = (found[step] + 8.0).to(tl.int32).to(tl.uint8)  # type: ignore[attr-defined]
+                tl.store(unpacked + room + tl.load(order + at) * ROWS, byte)
             tl.debug_barrier()
         channel = tl.arange(0, HALF)[:, None]
         lower = tl.trans(tl.load(unpacked + room[None, :] + channel * ROWS)).to(tl.int32)

@@ -17,11 +17,19 @@ from kit.kernels.int4_fp8.packing import TILE, PackedInt4
 from kit.kernels.int4_fp8.quantize_kernel import norm_rows, quantize_parts, quantize_rows, swiglu_rows
 from kit.kernels.int4_fp8.reference import FP8
 
+try:
+    from kit.kernels.int4_fp8.linear_gluon import described, many_tokens_async
+
+    HAS_GLUON = True
+except ImportError:  # a Triton without it
+    HAS_GLUON = False
+
 FEW = 8  # tokens up to which `few_tokens` runs, up to twice as many for weights of at most SMALL groups
 SMALL = 2**18
 MAX_WIDTH = 65536  # features of a token that a quantizing program holds
 PAIRED_UP_TO = 2048  # tokens up to which SwiGLU is done where the product is
 PART = 1024  # features of a token that a program of `quantize_parts` holds
+ASYNC_TOKENS = 256  # a program of `linear_async`, which has 128 rows
 MULTIPROCESSORS = 132  # of an H100 or H200
 
 
@@ -68,21 +76,43 @@ class Cut:
             return cls(64, 64, 1, 4, 3, splits, lines=256 if splits > 1 else 0)
         if tokens <= 128 and outputs % 128 == 0 and outputs // 128 >= MULTIPROCESSORS:
             return cls(128, 64, 2, 4, 3, descriptor=True)
-        # Two programs run on a multiprocessor at a time. One of 128 tokens takes 0.55 of the time of one of 256.
-        slots = 2 * MULTIPROCESSORS
-        single, double = (tiles * ceil_div(tokens, size) for size in (128, 256))
-        if single <= slots:
-            splits = min(_power_of_two(slots // single, groups // 4), 4)
+        single, double = _waves(tokens, tiles)
+        if single == 1:
+            splits = min(_power_of_two(2 * MULTIPROCESSORS // (tiles * ceil_div(tokens, 128)), groups // 4), 4)
             if splits == 1:
                 return cls(64, 64, 2, 4, 4, descriptor=True)
             return cls(64, 128, 1, 4, 3, splits, descriptor=True)
-        parts = 1 if 0.55 * ceil_div(single, slots) < ceil_div(double, slots) else 2
+        parts = 1 if 0.55 * single < double else 2
         return cls(64, 128, parts, 4, 3, descriptor=True)
+
+
+def _waves(tokens: int, tiles: int) -> tuple[int, int]:
+    """How often programs of 64 rows by 128 tokens, and by 256, fill the device: two run on a multiprocessor at a time.
+
+    The first take 0.55 of the time of the others; those of `linear_async`, one at a time, 0.89 of it.
+    """
+    single, double = (ceil_div(tiles * ceil_div(tokens, size), 2 * MULTIPROCESSORS) for size in (128, 256))
+    return single, double
 
 
 def _power_of_two(wanted: int, most: int) -> int:
     """The largest power of two that is not above either number nor 8, and at least 1."""
     return 1 << min(max(min(wanted, most), 1).bit_length() - 1, 3)
+
+
+def is_async(x: Tensor, weight: PackedInt4, dtype: torch.dtype) -> bool:
+    """Whether `linear_async` takes this product and is faster, as benchmarks/int4_fp8.py found.
+
+    It takes groups of 128, and rows of x and Y of whole 16 bytes, which the copy engine fetches and writes.
+    """
+    rows, inputs = x.shape
+    aligned = inputs % 16 == x.data_ptr() % 16 == weight.out_features * dtype.itemsize % 16 == 0
+    if not (HAS_GLUON and x.is_cuda and aligned and weight.codes.shape[-1] == TILE):
+        return False
+    tiles = weight.codes.shape[0]
+    single, double = _waves(rows, tiles)
+    programs = ceil_div(tiles, 2) * ceil_div(rows, ASYNC_TOKENS)
+    return single > 1 and 0.89 * ceil_div(programs, MULTIPROCESSORS) < min(0.55 * single, double)
 
 
 def linear(
@@ -94,7 +124,28 @@ def linear(
     cut: Cut | None = None,
 ) -> Tensor:
     """Y (M, N) = x_scale · (x Wᵀ) + b of x (M, K) e4m3 and x_scale (M,) fp32; all contiguous, on one device."""
+    if cut is None and is_async(x, weight, dtype):
+        return linear_async(x, x_scale, weight, bias, dtype)
     return _product(x, x_scale, weight, bias, dtype, cut, paired=False)[0]
+
+
+def linear_async(
+    x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | None, dtype: torch.dtype, together: int = 8
+) -> Tensor:
+    """`linear` by the kernel in Gluon, of what `is_async` says that it takes; `together` blocks of tokens at a time."""
+    rows, outputs = len(x), weight.out_features
+    tiles, groups, _, half = weight.codes.shape
+    row_blocks, token_blocks = ceil_div(tiles, 2), ceil_div(rows, ASYNC_TOKENS)
+    y = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+    launch(
+        many_tokens_async, (min(row_blocks * token_blocks, MULTIPROCESSORS),),
+        described(x, [ASYNC_TOKENS, 2 * half]), x_scale, described(weight.codes.view(-1, half), [TILE, half]),
+        weight.scales, weight.scales if weight.zeros is None else weight.zeros, y if bias is None else bias,
+        described(y, [64, TILE]), rows, outputs, tiles * TILE, groups, row_blocks, token_blocks,
+        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, UNROLL=2 if groups % 2 == 0 else 1,
+        STAGES=4, TOGETHER=together, num_warps=4, maxnreg=168, launch_pdl=True,
+    )  # fmt: skip
+    return y
 
 
 def gated(
@@ -111,7 +162,7 @@ def gated(
     if 2 I is no whole tiles and, without a given cut, where two launches are faster: K in splits, many tokens.
     """
     chosen = cut or Cut.of(len(x), weight.codes.shape[0] * TILE, weight.codes.shape[1])
-    slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO)
+    slower = cut is None and (chosen.splits > 1 or len(x) > PAIRED_UP_TO or is_async(x, weight, dtype))
     if slower or weight.out_features % chosen.rows:
         return None
     active, peaks = _product(x, x_scale, weight, bias, dtype, chosen, paired=True)
