@@ -1,12 +1,13 @@
 """The product of many tokens with a packed INT4 weight, in Gluon.
 
-As in `linear_kernel.many_tokens`, Yᵀ = W Xᵀ on FP8 matrix units, with group scales on fp32 sums. Triton waits for a
-product whose operand lies in registers where it starts it; here a warp scales and adds one product while the next one
-runs, and two warpgroups take turns at the matrix units. A warp of its own has the copy engine fetch codes and tokens
-into as many buffers as fit. Programs stay for several tiles, so that fetching goes on while results are written.
+As in `linear_kernel.many_tokens`, Yᵀ = W Xᵀ on FP8 matrix units, with group scales on fp32 sums. There every warp does
+one thing after the other: codes to FP8, the product, its scaling. Here two warpgroups begin products in turns, so that
+one converts codes and scales sums while the matrix units have a product of the other's. A warp of its own has the copy
+engine fetch codes and tokens into as many buffers as fit, and programs stay for several tiles, so that fetching goes on
+while results are written.
 
-A program's tile is 128 rows by 256 tokens, 64 rows a warpgroup; each step, of a group of inputs, is four products of 64
-rows with 64 tokens.
+A program's tile is 128 rows by 256 tokens, 64 rows a warpgroup; each step, of a group of inputs, is two products of 64
+rows with 128 tokens.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from kit.kernels.int4_fp8.linear_kernel import FP8_UNIT as UNIT
 from kit.kernels.int4_fp8.linear_kernel import TO_FP8 as WORDS_TO_FP8
 
 TILE = gl.constexpr(64)  # rows whose codes lie together, and of a product
-TOKENS = gl.constexpr(64)  # columns of a product
-BLOCK = gl.constexpr(256)  # tokens of a tile
+TOKENS = gl.constexpr(128)  # columns of a product
+BLOCK = gl.constexpr(256)  # tokens of a tile: two products
 GROUP = gl.constexpr(128)  # inputs that share a scale
 WARPGROUPS = gl.constexpr(2)  # that multiply
 FP8_UNIT = gl.constexpr(UNIT.value)
@@ -63,7 +64,7 @@ TO_FP8_ZEROS = gl.constexpr("""{
     add.u32 $1, bits, plus;
 }""")
 
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32]))
+SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
 ROWS = gl.constexpr(gl.SliceLayout(1, SUMS.value))
 COLUMNS = gl.constexpr(gl.SliceLayout(0, SUMS.value))
 OPERAND = gl.constexpr(gl.DotOperandLayout(0, SUMS.value, 4))
@@ -144,10 +145,13 @@ def operand_of(buffer, zero, HAS_ZEROS: gl.constexpr):
 
 
 @gluon.jit
-def start(operand, x, PART: gl.constexpr, product):
-    """Begin the product with a part of a step's tokens; it goes where `product` was."""
+def product_of(operand, x, PART: gl.constexpr, product, turn, GANG: gl.constexpr):
+    """The product with a part of a step's tokens, put where `product` was; it begins after the other warpgroup's."""
+    mbarrier.wait(turn.index(GANG), (PART + GANG + 1) % 2)  # the first of all does not wait
     values = x.slice(PART * TOKENS, TOKENS).permute((1, 0))
-    return warpgroup_mma(operand, values, product, use_acc=False, is_async=True)
+    product = warpgroup_mma(operand, values, product, use_acc=False, is_async=True)
+    mbarrier.arrive(turn.index(1 - GANG), count=1)
+    return warpgroup_mma_wait(0, [product])
 
 
 @gluon.jit
@@ -190,6 +194,7 @@ def multiply(
     out_buffers,
     full,
     empty,
+    turn,
     num_tokens,
     num_outputs,
     padded,
@@ -199,7 +204,6 @@ def multiply(
     GANG: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    UNROLL: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
@@ -221,55 +225,29 @@ def multiply(
         x_scales = gl.load(x_scale + tokens, mask=tokens < num_tokens, other=0.0)
         total0 = nothing
         total1 = nothing
-        total2 = nothing
-        total3 = nothing
-        even = nothing
-        odd = nothing
-        for group in range(0, num_groups, UNROLL):
+        product = nothing
+        for group in range(num_groups):
             slot = step % STAGES
             mbarrier.wait(full.index(slot), step // STAGES & 1)
             operand = operand_of(code_buffers.index(slot * WARPGROUPS + GANG), zero, HAS_ZEROS)
-            even = start(operand, x_buffers.index(slot), 0, even)
-            before = scale
-            for sub in gl.static_range(UNROLL):
-                x = x_buffers.index(step % STAGES)
-                wide = scale.to(gl.float32) * FP8_UNIT
-                at += padded
-                ahead = ok & (group + sub + 1 < num_groups)
-                scale = gl.load(scales + at, mask=ahead, other=0.0)
-                if HAS_ZEROS:
-                    zero = gl.load(zeros + at, mask=ahead, other=0.0)
-                if sub > 0:
-                    odd = warpgroup_mma_wait(1, [odd])
-                    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-                    total3 = add_scaled(total3, odd, before)
-                odd = start(operand, x, 1, odd)
-                even = warpgroup_mma_wait(1, [even])
-                total0 = add_scaled(total0, even, wide)
-                even = start(operand, x, 2, even)
-                odd = warpgroup_mma_wait(1, [odd])
-                total1 = add_scaled(total1, odd, wide)
-                odd = start(operand, x, 3, odd)
-                step += 1
-                if sub < UNROLL - 1:
-                    slot = step % STAGES
-                    mbarrier.wait(full.index(slot), step // STAGES & 1)
-                    operand = operand_of(code_buffers.index(slot * WARPGROUPS + GANG), zero, HAS_ZEROS)
-                even = warpgroup_mma_wait(1, [even])
-                total2 = add_scaled(total2, even, wide)
-                if sub < UNROLL - 1:
-                    even = start(operand, x_buffers.index(slot), 0, even)
-                before = wide
-            odd = warpgroup_mma_wait(0, [odd])
-            mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-            total3 = add_scaled(total3, odd, before)
+            wide = scale.to(gl.float32) * FP8_UNIT
+            at += padded
+            ahead = ok & (group + 1 < num_groups)
+            scale = gl.load(scales + at, mask=ahead, other=0.0)
+            if HAS_ZEROS:
+                zero = gl.load(zeros + at, mask=ahead, other=0.0)
+            product = product_of(operand, x_buffers.index(slot), 0, product, turn, GANG)
+            total0 = add_scaled(total0, product, wide)
+            product = product_of(operand, x_buffers.index(slot), 1, product, turn, GANG)
+            mbarrier.arrive(empty.index(slot), count=1)
+            total1 = add_scaled(total1, product, wide)
+            step += 1
         kept = scale_buffers.index(GANG)
         kept.store(x_scales)
         for part in gl.static_range(BLOCK // TOKENS):
-            total = total0 if part == 0 else total1 if part == 1 else total2 if part == 2 else total3
             write(
-                total, kept.slice(part * TOKENS, TOKENS), bias, out, out_buffers.index(2 * GANG + part % 2), rows, row,
-                token + part * TOKENS, num_outputs, HAS_BIAS,
+                total0 if part == 0 else total1, kept.slice(part * TOKENS, TOKENS), bias, out,
+                out_buffers.index(2 * GANG + part), rows, row, token + part * TOKENS, num_outputs, HAS_BIAS,
             )  # fmt: skip
     tma.store_wait(0)
 
@@ -291,11 +269,10 @@ def many_tokens_async(
     token_blocks,
     HAS_ZEROS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    UNROLL: gl.constexpr,
     STAGES: gl.constexpr,
     TOGETHER: gl.constexpr,
 ):
-    """Y of a weight in groups of 128, of which the number divides by UNROLL. Grid: as many programs as run at once.
+    """Y of a weight in groups of 128. Grid: as many programs as run at once.
 
     Args:
         x: (M, K) e4m3, described in blocks (BLOCK, 128).
@@ -311,6 +288,9 @@ def many_tokens_async(
     out_buffers = gl.allocate_shared_memory(out.dtype, [2 * WARPGROUPS, TOKENS, TILE], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(WARPGROUPS):
+        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
@@ -321,16 +301,16 @@ def many_tokens_async(
                 multiply,
                 (
                     x_scale, scales, zeros, bias, out, x_buffers, code_buffers, scale_buffers, out_buffers, full, empty,
-                    num_tokens, num_outputs, padded, num_groups, row_blocks, token_blocks, 0, HAS_ZEROS, HAS_BIAS,
-                    UNROLL, STAGES, TOGETHER,
+                    turn, num_tokens, num_outputs, padded, num_groups, row_blocks, token_blocks, 0, HAS_ZEROS, HAS_BIAS,
+                    STAGES, TOGETHER,
                 ),
             ),
             (
                 multiply,
                 (
                     x_scale, scales, zeros, bias, out, x_buffers, code_buffers, scale_buffers, out_buffers, full, empty,
-                    num_tokens, num_outputs, padded, num_groups, row_blocks, token_blocks, 1, HAS_ZEROS, HAS_BIAS,
-                    UNROLL, STAGES, TOGETHER,
+                    turn, num_tokens, num_outputs, padded, num_groups, row_blocks, token_blocks, 1, HAS_ZEROS, HAS_BIAS,
+                    STAGES, TOGETHER,
                 ),
             ),
             (

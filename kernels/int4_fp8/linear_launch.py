@@ -106,7 +106,8 @@ def is_async(x: Tensor, weight: PackedInt4, dtype: torch.dtype) -> bool:
     It takes groups of 128, and rows of x and Y of whole 16 bytes, which the copy engine fetches and writes.
     """
     rows, inputs = x.shape
-    aligned = inputs % 16 == x.data_ptr() % 16 == weight.out_features * dtype.itemsize % 16 == 0
+    addresses = x.data_ptr() | weight.codes.data_ptr()
+    aligned = inputs % 16 == addresses % 16 == weight.out_features * dtype.itemsize % 16 == 0
     if not (HAS_GLUON and x.is_cuda and aligned and weight.codes.shape[-1] == TILE):
         return False
     tiles = weight.codes.shape[0]
@@ -141,9 +142,9 @@ def linear_async(
         many_tokens_async, (min(row_blocks * token_blocks, MULTIPROCESSORS),),
         described(x, [ASYNC_TOKENS, 2 * half]), x_scale, described(weight.codes.view(-1, half), [TILE, half]),
         weight.scales, weight.scales if weight.zeros is None else weight.zeros, y if bias is None else bias,
-        described(y, [64, TILE]), rows, outputs, tiles * TILE, groups, row_blocks, token_blocks,
-        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, UNROLL=2 if groups % 2 == 0 else 1,
-        STAGES=4, TOGETHER=together, num_warps=4, maxnreg=168, launch_pdl=True,
+        described(y, [ASYNC_TOKENS // 2, TILE]), rows, outputs, tiles * TILE, groups, row_blocks, token_blocks,
+        HAS_ZEROS=weight.zeros is not None, HAS_BIAS=bias is not None, STAGES=4 if dtype.itemsize == 2 else 2,
+        TOGETHER=together, num_warps=4, maxnreg=168, launch_pdl=True,
     )  # fmt: skip
     return y
 
