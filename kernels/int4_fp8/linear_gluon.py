@@ -295,6 +295,7 @@ def many_tokens_async(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
     gdc_wait()
+    gdc_launch_dependents()  # their programs find no room before these end, but then start at once
     gl.warp_specialize(
         [
             (
@@ -324,4 +325,3 @@ def many_tokens_async(
         [4, 1],
         [240, 24],  # registers of a thread
     )  # fmt: skip
-    gdc_launch_dependents()
