@@ -12,6 +12,8 @@ rows with 128 tokens.
 
 from __future__ import annotations
 
+import functools
+
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -72,9 +74,13 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 
 def described(x: Tensor, block: list[int]) -> TensorDescriptor:
     """x (rows, contiguous) as the copy engine reads or writes it, `block` at a time, in matrix units' order."""
-    swizzle = min(block[1] * x.element_size(), 128)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * x.element_size(), rank=2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(block[1], x.element_size()))
+
+
+@functools.cache
+def _layout(width: int, size: int) -> gl.NVMMASharedLayout:
+    """Of blocks so many elements wide, of so many bytes each."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=min(width * size, 128), element_bitwidth=8 * size, rank=2)
 
 
 @gluon.jit
