@@ -236,6 +236,34 @@ def prepare(
                     tl.store(k_out + in_new, key, mask=ok[:, None])
 
 
+@triton.jit
+def range_of(low, high, nothing, SYMMETRIC: tl.constexpr):
+    """Scales and zero points of rows from `low` to `high`; `nothing` is NaN of a row that has one, or an infinity."""
+    if SYMMETRIC:
+        scale = tl.div_rn(tl.maximum(high, -low), 7.5)
+    else:
+        low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
+        scale = tl.div_rn(high - low, 15.0)
+    scale = bf16_of(scale + nothing)
+    scale = tl.where(scale == 0, TINY, scale)
+    zero = tl.zeros_like(scale)
+    if not SYMMETRIC:
+        zero = tl.minimum(tl.maximum(nearest(-8.0 - tl.div_rn(low, scale)), -8.0), 7.0)
+    return scale, zero
+
+
+@triton.jit
+def code_of(value):
+    """The code of a number in units of its scale, -8 ... 7 in fp32."""
+    return tl.minimum(tl.maximum(nearest(value), -8.0), 7.0)
+
+
+@triton.jit
+def word_of(scale, zero):
+    """A row's scale and zero point, which is -8 ... 7, as `scale_and_zero` reads them."""
+    return ((scale.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | ((zero + 8.0).to(tl.int32, bitcast=True) & -65536)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "kv_rows", "slots"])
 def encode(
     x,
@@ -292,18 +320,7 @@ def encode(
     second = tl.load(source + HALF + half, mask=ok[:, None], other=0.0).to(tl.float32)
     low = tl.minimum(tl.min(first, 1), tl.min(second, 1))
     high = tl.maximum(tl.max(first, 1), tl.max(second, 1))
-    if SYMMETRIC:
-        scale = tl.div_rn(tl.maximum(high, -low), 7.5)
-    else:
-        low, high = tl.minimum(low, 0.0), tl.maximum(high, 0.0)
-        scale = tl.div_rn(high - low, 15.0)
-    scale = bf16_of(
-        scale + tl.sum(first * 0.0, 1) + tl.sum(second * 0.0, 1)
-    )  # NaN of a row that has one, or an infinity
-    scale = tl.where(scale == 0, TINY, scale)
-    zero = tl.zeros_like(scale)
-    if not SYMMETRIC:
-        zero = tl.minimum(tl.maximum(nearest(-8.0 - tl.div_rn(low, scale)), -8.0), 7.0)
+    scale, zero = range_of(low, high, tl.sum(first * 0.0, 1) + tl.sum(second * 0.0, 1), SYMMETRIC)
     if SHAPE:
         which = (p // kv_rows) * kv_heads + p % kv_heads
         order += which * DIM
@@ -320,7 +337,7 @@ def encode(
                 spreading = tl.dot(spread.to(tl.float32), error, spreading, input_precision="tf32x3")
             tl.store(errors + room[None, :] + (block * BLOCK + inner)[:, None] * ROWS, spreading)
             tl.debug_barrier()  # what was stored is read by other threads
-            lost = ()
+            lost, found = (), ()
             for step in tl.static_range(BLOCK):
                 at = block * BLOCK + step
                 channel = tl.load(order + at)
@@ -328,25 +345,26 @@ def encode(
                 value = tl.div_rn(value, scale) + zero - tl.load(errors + room + at * ROWS)
                 for before in tl.static_range(step):
                     value -= lost[before] * tl.load(factor + (block * BLOCK + before) * DIM + at).to(tl.float32)
-                code = tl.minimum(tl.maximum(nearest(value), -8.0), 7.0)
+                code = code_of(value)
                 lost = lost + (value - code,)  # type: ignore[assignment]  # noqa: RUF005 (Triton has no stars)
-                tl.store(errors + room + at * ROWS, value - code)
-                tl.store(unpacked + room + channel * ROWS, (code + 8.0).to(tl.int32).to(tl.uint8))
+                found = found + (code,)  # type: ignore[assignment]  # noqa: RUF005
+            for step in tl.static_range(BLOCK):  # not before: loads must not wait for stores that they might read
+                at = block * BLOCK + step
+                tl.store(errors + room + at * ROWS, lost[step])
+                byte = (found[step] + 8.0).to(tl.int32).to(tl.uint8)  # type: ignore[attr-defined]
+                tl.store(unpacked + room + tl.load(order + at) * ROWS, byte)
             tl.debug_barrier()
         channel = tl.arange(0, HALF)[:, None]
         lower = tl.trans(tl.load(unpacked + room[None, :] + channel * ROWS)).to(tl.int32)
         upper = tl.trans(tl.load(unpacked + room[None, :] + (HALF + channel) * ROWS)).to(tl.int32)
     else:
-        lower = nearest(tl.div_rn(first, scale[:, None]) + zero[:, None])
-        upper = nearest(tl.div_rn(second, scale[:, None]) + zero[:, None])
-        lower = (tl.minimum(tl.maximum(lower, -8.0), 7.0) + 8.0).to(tl.int32)
-        upper = (tl.minimum(tl.maximum(upper, -8.0), 7.0) + 8.0).to(tl.int32)
+        lower = (code_of(tl.div_rn(first, scale[:, None]) + zero[:, None]) + 8.0).to(tl.int32)
+        upper = (code_of(tl.div_rn(second, scale[:, None]) + zero[:, None]) + 8.0).to(tl.int32)
     place = p * capacity + now + token
     tl.store(codes + place[:, None] * HALF + half, (lower | (upper << 4)).to(tl.uint8), mask=ok[:, None])
-    zero += 8.0
-    word = ((scale.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (zero.to(tl.int32, bitcast=True) & -65536)
-    tl.store(meta + place, word, mask=ok)
+    tl.store(meta + place, word_of(scale, zero), mask=ok)
     if WHOLE:
+        zero += 8.0
         at = ((p % kv_rows) * num_tokens + token)[:, None] * DIM + half
         x0, x1 = lower.to(tl.float32) - zero[:, None], upper.to(tl.float32) - zero[:, None]
         if p < kv_rows:
@@ -355,6 +373,62 @@ def encode(
         else:
             tl.store(whole_values + at, bf16_of(x0 * scale[:, None]).to(tl.bfloat16), mask=ok[:, None])
             tl.store(whole_values + HALF + at, bf16_of(x1 * scale[:, None]).to(tl.bfloat16), mask=ok[:, None])
+
+
+@triton.jit(do_not_specialize=["kv_rows", "slots"])
+def encode_step(
+    x,
+    length,
+    order,
+    factor,
+    codes,
+    meta,
+    unpacked,
+    kv_rows,
+    kv_heads,
+    slots,
+    capacity,
+    SYMMETRIC: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPILED: tl.constexpr,
+):
+    """`encode` with noise shaping of the one token at place `length` of rings. Grid (P,), one warp each.
+
+    Channels lie across the warp, in `order`: who has the next one tells its error to all others, which take their
+    share at once. An error travels as an integer, whose sum over a warp is a single instruction.
+
+    Args:
+        unpacked: (P, DIM) uint8, room to work in.
+        BLOCK: channels whose factors are asked for at a time.
+    """
+    p = tl.program_id(0).to(tl.int64)
+    HALF: tl.constexpr = DIM // 2
+    which = (p // kv_rows) * kv_heads + p % kv_heads
+    index = tl.arange(0, DIM)
+    now = tl.load(length)
+    channel = tl.load(order + which * DIM + index)
+    factor += which * DIM * DIM
+    wait_for_last(COMPILED)
+    x += (p * slots + now % slots) * DIM
+    value = tl.load(x + channel).to(tl.float32)
+    scale, zero = range_of(tl.min(value, 0), tl.max(value, 0), tl.sum(value * 0.0, 0), SYMMETRIC)
+    value = tl.div_rn(value, scale) + zero
+    for block in range(DIM // BLOCK):
+        later = index >= block * BLOCK
+        for step in tl.static_range(BLOCK):
+            at = block * BLOCK + step
+            share = tl.load(factor + at * DIM + index, mask=later, other=0.0).to(tl.float32)
+            lost = (value - code_of(value)).to(tl.int32, bitcast=True)
+            error = tl.sum(tl.where(index == at, lost, 0), 0).to(tl.float32, bitcast=True)
+            value = tl.where(index > at, value - error * share, value)
+    room = unpacked + p * DIM
+    tl.store(room + channel, (code_of(value) + 8.0).to(tl.int32).to(tl.uint8))
+    tl.debug_barrier()  # what was stored is read by other threads
+    half = tl.arange(0, HALF)
+    place = p * capacity + now
+    tl.store(codes + place * HALF + half, tl.load(room + half) | (tl.load(room + HALF + half) << 4))
+    tl.store(meta + place, word_of(scale, zero))
 
 
 @triton.jit

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kit.kernels.int4_fp8 import attention_kernel as kernels
-from kit.kernels.int4_fp8.attention_kernel import triton
 from kit.kernels.int4_fp8.attention_reference import Heads
+from kit.kernels.int4_fp8.dispatch import ceil_div, launch, operation, power_of_two
 
 PROGRAMS = 396  # of `decode` that run at a time on an H100 or H200: three on each of its 132 multiprocessors
 NEAR_KEYS = 64  # recent keys a program
@@ -34,7 +34,7 @@ def unsupported(heads: Heads, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.library.custom_op("kit_int4_attention::prepare", mutates_args=("recent",))
+@operation("kit_int4_attention::prepare", ("recent",))
 def _prepare(
     qkv: Tensor,
     cos: Tensor,
@@ -61,15 +61,15 @@ def _prepare(
         (2, batch, groups, tokens, dim) if new else (2, 0, groups, tokens, dim), dtype=qkv.dtype, device=qkv.device
     )
     rows = 16 if tokens * batch * heads < 4096 else PROMPT_ROWS
-    with torch.cuda.device_of(qkv):
-        kernels.prepare[(triton.cdiv(batch * tokens * heads, rows), 3)](
-            qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
-            qkv if key_mean is None else key_mean, qkv if key_scale is None else key_scale, signs, length, start,
-            q, unit, kv[0], kv[1], recent[0], recent[1], tokens, batch, heads, groups, qkv.stride(1), eps, dim**-0.5,
-            NORM=q_norm is not None, CENTER=key_mean is not None, SCALE=key_scale is not None, ROTATE=rotate, FP8=fp8,
-            NEW=new, RING=ring, DIM=dim, ROWS=rows, COMPILED=COMPILED, num_warps=4, num_stages=1,
-            launch_pdl=COMPILED,
-        )  # fmt: skip
+    launch(
+        kernels.prepare, (ceil_div(batch * tokens * heads, rows), 3),
+        qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm,
+        qkv if key_mean is None else key_mean, qkv if key_scale is None else key_scale, signs, length, start,
+        q, unit, kv[0], kv[1], recent[0], recent[1], tokens, batch, heads, groups, qkv.stride(1), eps, dim**-0.5,
+        NORM=q_norm is not None, CENTER=key_mean is not None, SCALE=key_scale is not None, ROTATE=rotate, FP8=fp8,
+        NEW=new, RING=ring, DIM=dim, ROWS=rows, COMPILED=COMPILED, num_warps=4, num_stages=1,
+        launch_pdl=COMPILED,
+    )  # fmt: skip
     return q, unit, kv
 
 
@@ -116,7 +116,7 @@ def prepare(
     )  # fmt: skip
 
 
-@torch.library.custom_op("kit_int4_attention::encode", mutates_args=("codes", "meta"))
+@operation("kit_int4_attention::encode", ("codes", "meta"))
 def encode(
     x: Tensor,
     length: Tensor,
@@ -146,21 +146,30 @@ def encode(
         Keys as code - zero point, which `meta` has the scales of, and values, each (B, G, T, D); empty unless `whole`.
     """
     layers, _, batch, groups, slots, dim = x.shape
-    rows = SHAPED_ROWS if order is not None else 16 if tokens <= 16 else NEAREST_ROWS
     programs = layers * 2 * batch * groups
     shape = (batch, groups, tokens, dim) if whole else (0,)
     keys = torch.empty(shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype, device=x.device)
     values = torch.empty(shape, dtype=x.dtype, device=x.device)
-    room = (triton.cdiv(tokens, rows) * programs, dim, rows) if order is not None else (0,)
+    if ring and tokens == 1 and order is not None and factor is not None:
+        unpacked = torch.empty(programs, dim, dtype=torch.uint8, device=x.device)
+        launch(
+            kernels.encode_step, (programs,),
+            x, length, order, factor, codes, meta, unpacked, batch * groups, groups, slots, meta.shape[-1],
+            SYMMETRIC=symmetric, DIM=dim, BLOCK=SHAPED_CHANNELS, COMPILED=COMPILED, num_warps=1, num_stages=1,
+            launch_pdl=COMPILED,
+        )  # fmt: skip
+        return keys, values
+    rows = SHAPED_ROWS if order is not None else 16 if tokens <= 16 else NEAREST_ROWS
+    room = (ceil_div(tokens, rows) * programs, dim, rows) if order is not None else (0,)
     errors = torch.empty(room, dtype=torch.float32, device=x.device)
     unpacked = torch.empty(room, dtype=torch.uint8, device=x.device)
-    with torch.cuda.device_of(x):
-        kernels.encode[(programs * triton.cdiv(tokens, rows),)](
-            x, length, length if order is None else order, errors if factor is None else factor, codes, meta, errors,
-            unpacked, keys, values, tokens, batch * groups, groups, slots, meta.shape[-1], SYMMETRIC=symmetric,
-            SHAPE=order is not None, RING=ring, WHOLE=whole, DIM=dim, BLOCK=SHAPED_CHANNELS, ROWS=rows,
-            COMPILED=COMPILED, num_warps=4 if order is None and tokens > 16 else 1, num_stages=1, launch_pdl=COMPILED,
-        )  # fmt: skip
+    launch(
+        kernels.encode, (programs * ceil_div(tokens, rows),),
+        x, length, length if order is None else order, errors if factor is None else factor, codes, meta, errors,
+        unpacked, keys, values, tokens, batch * groups, groups, slots, meta.shape[-1], SYMMETRIC=symmetric,
+        SHAPE=order is not None, RING=ring, WHOLE=whole, DIM=dim, BLOCK=SHAPED_CHANNELS, ROWS=rows,
+        COMPILED=COMPILED, num_warps=4 if order is None and tokens > 16 else 1, num_stages=1, launch_pdl=COMPILED,
+    )  # fmt: skip
     return keys, values
 
 
@@ -177,10 +186,10 @@ def cut(pairs: int, capacity: int, window: int, dim: int) -> tuple[int, int, int
     """
     coded, programs = max(capacity - window, 0), max(PROGRAMS // pairs, 1)
     block = 128 if dim == 128 and coded > 64 * programs else 64
-    return block, min(triton.cdiv(coded, block), programs), min(triton.cdiv(window, NEAR_KEYS), programs)
+    return block, min(ceil_div(coded, block), programs), min(ceil_div(window, NEAR_KEYS), programs)
 
 
-@torch.library.custom_op("kit_int4_attention::decode", mutates_args=("arrivals",))
+@operation("kit_int4_attention::decode", ("arrivals",))
 def decode(
     q: Tensor,
     unit: Tensor,
@@ -210,18 +219,18 @@ def decode(
     groups, ring, capacity = recent.shape[2], recent.shape[3], meta.shape[-1]
     queries = heads // groups
     block, coded, near = cut(batch * groups, capacity, window, dim)
-    padded = triton.next_power_of_2(queries)
+    padded = power_of_two(queries)
     parts = torch.empty(batch, groups, coded + near, queries, dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(batch, groups, 2, coded + near, queries, dtype=torch.float32, device=q.device)
     out = torch.empty(batch, 1, heads, dim, dtype=recent.dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        kernels.decode[(coded + near, groups, batch)](
-            q, unit, codes.view(torch.int16), meta, recent, length, start, parts, stats, arrivals, out, capacity,
-            batch, groups, scale * LOG2E, NO_LIMIT if sliding is None else sliding, QUERIES=queries, DIM=dim, RING=ring,
-            WINDOW=window, SPLITS=coded, NEAR=near, PADDED=padded,
-            SLOTS=triton.next_power_of_2(coded + near), CHUNK=max(8192 // (padded * dim), 1), BT=block, STAGES=3,
-            COMPILED=COMPILED, num_warps=dim // 32, num_stages=1, launch_pdl=COMPILED,
-        )  # fmt: skip
+    launch(
+        kernels.decode, (coded + near, groups, batch),
+        q, unit, codes.view(torch.int16), meta, recent, length, start, parts, stats, arrivals, out, capacity,
+        batch, groups, scale * LOG2E, NO_LIMIT if sliding is None else sliding, QUERIES=queries, DIM=dim, RING=ring,
+        WINDOW=window, SPLITS=coded, NEAR=near, PADDED=padded,
+        SLOTS=power_of_two(coded + near), CHUNK=max(8192 // (padded * dim), 1), BT=block, STAGES=3,
+        COMPILED=COMPILED, num_warps=dim // 32, num_stages=1, launch_pdl=COMPILED,
+    )  # fmt: skip
     return out
 
 
@@ -230,7 +239,7 @@ def _(q, unit, codes, meta, recent, length, start, arrivals, window, scale, slid
     return q.new_empty(q.shape, dtype=recent.dtype)
 
 
-@torch.library.custom_op("kit_int4_attention::prefill", mutates_args=())
+@operation("kit_int4_attention::prefill")
 def prefill(
     q: Tensor,
     unit: Tensor,
@@ -257,13 +266,13 @@ def prefill(
     groups = kv.shape[2]
     out = torch.empty(batch, tokens, heads, dim, dtype=kv.dtype, device=q.device)
     rows, block = (64, 64) if COMPILED else (32, 32)
-    with torch.cuda.device_of(q):
-        kernels.prefill[(triton.cdiv(tokens, rows), heads, batch)](
-            q, unit, q if keys is None else keys, meta, q if values is None else values, kv[0], kv[1], start, out,
-            tokens, heads, groups, meta.shape[-1], scale * LOG2E, NO_LIMIT if sliding is None else sliding,
-            ROUNDED=keys is not None, WINDOW=window, FP8=keys is not None and keys.dtype == torch.float8_e4m3fn,
-            DIM=dim, BM=rows, BN=block, STAGES=3, COMPILED=COMPILED, num_warps=4, num_stages=1,
-        )  # fmt: skip
+    launch(
+        kernels.prefill, (ceil_div(tokens, rows), heads, batch),
+        q, unit, q if keys is None else keys, meta, q if values is None else values, kv[0], kv[1], start, out,
+        tokens, heads, groups, meta.shape[-1], scale * LOG2E, NO_LIMIT if sliding is None else sliding,
+        ROUNDED=keys is not None, WINDOW=window, FP8=keys is not None and keys.dtype == torch.float8_e4m3fn,
+        DIM=dim, BM=rows, BN=block, STAGES=3, COMPILED=COMPILED, num_warps=4, num_stages=1,
+    )  # fmt: skip
     return out
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kit.kernels.int4_fp8.dispatch import operation
 from kit.kernels.int4_fp8.packing import PackedInt4
 from kit.kernels.int4_fp8.reference import FP8, quantize_activations
 
@@ -175,7 +176,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _operation(function: Any) -> Any:
-    return torch.library.custom_op(f"{NAMESPACE}::{function.__name__.strip('_')}", function, mutates_args=())
+    return operation(f"{NAMESPACE}::{function.__name__.strip('_')}")(function)
 
 
 @_operation
@@ -194,11 +195,10 @@ def _linear(
     packed = PackedInt4(weight, weight_scale, zeros, outputs, inputs)
     if _on_kernels(codes, 0):
         x, x_scale = _rows(codes), scale.reshape(-1).contiguous()
-        with torch.cuda.device_of(codes):
-            if not exact and len(x) >= EXPANDED_FROM and dtype == torch.bfloat16 and outputs % 16 == inputs % 16 == 0:
-                y = _expanded(x, x_scale, packed, bias)
-            else:
-                y = gpu_linear(x, x_scale, packed, bias, dtype)
+        if not exact and len(x) >= EXPANDED_FROM and dtype == torch.bfloat16 and outputs % 16 == inputs % 16 == 0:
+            y = _expanded(x, x_scale, packed, bias)
+        else:
+            y = gpu_linear(x, x_scale, packed, bias, dtype)
         return y.view(*codes.shape[:-1], outputs)
     y = F.linear(codes.float(), packed.dequantize()) * scale[..., None]
     return (y if bias is None else y + bias.float()).to(dtype)
@@ -220,8 +220,7 @@ def _(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, e
 def _linear_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     rows = _rows(x)
     if _on_kernels(x, 0) and x.dtype == torch.bfloat16 and len(rows) <= 2 * FEW:
-        with torch.cuda.device_of(x):
-            return gpu_linear_int8(rows, codes, scale).view(*x.shape[:-1], len(codes))
+        return gpu_linear_int8(rows, codes, scale).view(*x.shape[:-1], len(codes))
     y = x.new_empty(*x.shape[:-1], len(codes))
     for first in range(0, len(codes), EXPANDED_ROWS):
         part = slice(first, first + EXPANDED_ROWS)
@@ -250,8 +249,7 @@ def _linear_swiglu(
     tokens = codes.numel() // inputs
     if _on_kernels(codes, 0) and (exact or tokens < EXPANDED_FROM):
         packed = PackedInt4(weight, weight_scale, zeros, outputs, inputs)
-        with torch.cuda.device_of(codes):
-            made = gpu_gated(_rows(codes), scale.reshape(-1).contiguous(), packed, bias, dtype)
+        made = gpu_gated(_rows(codes), scale.reshape(-1).contiguous(), packed, bias, dtype)
         if made is not None:
             return made[0].view(*codes.shape[:-1], outputs // 2), made[1].view(codes.shape[:-1])
     y = _linear(codes, scale, weight, weight_scale, zeros, outputs, inputs, bias, dtype, exact)
@@ -278,8 +276,7 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     if not _on_kernels(x, x.shape[-1]):
         return _reference_quantize(x)
     rows = x.reshape(-1, x.shape[-1])
-    with torch.cuda.device_of(x):
-        codes, scale = gpu_quantize(rows if rows.stride(-1) == 1 else rows.contiguous())
+    codes, scale = gpu_quantize(rows if rows.stride(-1) == 1 else rows.contiguous())
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -298,8 +295,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if not _on_kernels(x, x.shape[-1]):
         return _normed(x, weight, eps)
-    with torch.cuda.device_of(x):
-        codes, scale, _ = gpu_norm_quantize(_rows(x), weight.contiguous(), eps, None)
+    codes, scale, _ = gpu_norm_quantize(_rows(x), weight.contiguous(), eps, None)
     return codes.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -313,8 +309,7 @@ def _add_norm_quantize(x: Tensor, weight: Tensor, eps: float, residual: Tensor) 
     if not _on_kernels(x, x.shape[-1]):
         h = x + residual
         return *_normed(h, weight, eps), h
-    with torch.cuda.device_of(x):
-        codes, scale, h = gpu_norm_quantize(_rows(x), weight.contiguous(), eps, _rows(residual))
+    codes, scale, h = gpu_norm_quantize(_rows(x), weight.contiguous(), eps, _rows(residual))
     return codes.view(x.shape), scale.view(x.shape[:-1]), h.view(x.shape)
 
 
@@ -329,8 +324,7 @@ def _swiglu_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     if not _on_kernels(gate_up, width):
         gate, up = gate_up.chunk(2, dim=-1)
         return _reference_quantize(F.silu(gate) * up)
-    with torch.cuda.device_of(gate_up):
-        codes, scale = gpu_swiglu_quantize(_rows(gate_up))
+    codes, scale = gpu_swiglu_quantize(_rows(gate_up))
     return codes.view(*gate_up.shape[:-1], width), scale.view(gate_up.shape[:-1])
 
 

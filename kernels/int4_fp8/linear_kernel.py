@@ -6,7 +6,8 @@ of codes is (rows, g / 2) bytes; low halves are a group's first inputs, high hal
 come out whole, and join along K without moving between threads.
 
 Kernels start before the one before them has ended (programmatic dependent launch): they ask for their weights, which
-nobody writes, wait for what they read or write of others, and let the next one start when they have read all weights.
+nobody writes, wait for what they read or write of others, and let the next one start when they have read all weights,
+or before they do: its programs then come as soon as there is room, and ask for weights meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ except ImportError as error:  # no Triton on this platform: the dispatch takes t
 from kit.kernels.int4_fp8.quantize_kernel import e4m3_bits, magnitude_bits, silu, wait_for_others
 
 TILE = tl.constexpr(64)  # rows whose codes lie together
+EARLY_UP_TO = tl.constexpr(8)  # tokens of `few_tokens` with which the next kernel starts early: with 16 that crowds
 COUNTS = ["num_tokens", "num_groups", "groups_each", "token_blocks"]  # a new value compiles nothing anew
 
 # Four bytes -> their low and their high codes in fp16. A byte b below 0x64 is the fp16 number 1024 + b; the byte of a
@@ -321,6 +323,8 @@ def few_tokens(
     scale = tl.load(scales + first * padded + row_at, mask=(first + lane < last)[:, None], other=0.0)
     if not PLAIN:
         ask_and_wait(codes, tile, first, last, num_groups, num_outputs, BN, HALF, LINES, PAIRED)
+        if BM <= EARLY_UP_TO:
+            gdc_launch_dependents()
     for group in tl.range(first, last, STEP, num_stages=STAGES):
         inside = group + lane < last
         ahead = group + STEP
@@ -337,7 +341,7 @@ def few_tokens(
             product -= zero[:, :, None] * total[:, None, :]
         acc += product * scale.to(tl.float32)[:, :, None]
         scale = next_scale
-    if not PLAIN:
+    if not PLAIN and BM > EARLY_UP_TO:
         gdc_launch_dependents()
     total = tl.sum(acc, 0)
     finish(
