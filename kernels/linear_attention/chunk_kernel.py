@@ -7,7 +7,7 @@ features as they need them. Letters and the equation: reference.py.
 
 from __future__ import annotations
 
-from kit.kernels.linear_attention.blocks import dot, load_block, load_map, sequence_of
+from kit.kernels.linear_attention.blocks import dot, load_map, sequence_of
 
 try:
     import triton
@@ -48,11 +48,13 @@ def _absorb(s, values, y, total, top, factor, shift, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _rows(pointer, time, stride, end, MASKED: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows `time` (BT,) of a (T, WIDTH) matrix; with MASKED those from `end` on are zero."""
+def _rows(pointer, begin, stride, end, MASKED: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr):
+    """BT rows from `begin` on of a (T, WIDTH) matrix; with MASKED those from `end` on are zero."""
+    index = tl.arange(0, BT)
+    at = pointer + begin.to(tl.int64) * stride + index[:, None] * stride + tl.arange(0, WIDTH)[None, :]
     if MASKED:
-        return load_block(pointer, time, stride, time < end, WIDTH)
-    return tl.load(pointer + time[:, None] * stride + tl.arange(0, WIDTH)[None, :])
+        return tl.load(at, mask=(begin + index < end)[:, None], other=0.0)
+    return tl.load(at)
 
 
 @triton.jit
@@ -135,14 +137,13 @@ def chunk_states(
         count = tl.where(split == num_splits - 1, 0, count)
     for step in range(count * EVERY):
         block = before * EVERY + step
-        time = block * BT + index
-        keys = _rows(k, time, k_time, 0, False, DIM)
-        values = _rows(v, time, v_time, 0, False, BV)
+        keys = _rows(k, block * BT, k_time, 0, False, BT, DIM)
+        values = _rows(v, block * BT, v_time, 0, False, BT, BV)
         up, down = _features(keys, weights, PRECISION)
         up = up.to(keys.dtype)
         down = down.to(keys.dtype)
         if num_zero > 0:
-            counts = (time >= num_zero)[:, None]
+            counts = (block * BT + index >= num_zero)[:, None]
             up = tl.where(counts, up, tl.zeros_like(up))
             down = tl.where(counts, down, tl.zeros_like(down))
         state0 = tl.dot(tl.trans(values), up, state0, input_precision=PRECISION)
@@ -232,7 +233,7 @@ def chunk_outputs(
         edge = block - WINDOW // BT
         log_g = tl.load(log_factor + head) * LOG2E
         per_score = scale * LOG2E
-        x = _rows(q, place, q_time, length, MASKED, DIM)
+        x = _rows(q, block * BT, q_time, length, MASKED, BT, DIM)
         # the past, in units of its own factor: the last state that was kept, then whole blocks
         behind = tl.maximum(edge, 0) // EVERY
         at = _slot(row, start, sequence, num_keys, heads // map_group, head // map_group, EVERY * BT)
@@ -249,17 +250,17 @@ def chunk_outputs(
         y = tl.dot(down, tl.trans(tl.load(cells + HALF, mask=kept[None, :], other=0.0)), y, input_precision=PRECISION)
         weights = load_map(map_k, head // map_group, DIM, HALF)
         if edge > behind * EVERY:
-            key_place = behind * EVERY * BT + index
-            a = _products(up, down, _rows(k, key_place, k_time, 0, False, DIM), weights, PRECISION)
+            begin = behind * EVERY * BT
+            a = _products(up, down, _rows(k, begin, k_time, 0, False, BT, DIM), weights, PRECISION)
             if SINKS > 0:
-                a = tl.where((key_place >= SINKS)[None, :], a, 0.0)
-            values = _rows(v, key_place, v_time, 0, False, V)
+                a = tl.where((begin + index >= SINKS)[None, :], a, 0.0)
+            values = _rows(v, begin, v_time, 0, False, BT, V)
             y = tl.dot(a.to(values.dtype), values, y, input_precision=PRECISION)
             total += tl.sum(a, 1)
         # the block that the window's edge crosses
-        key_place = tl.maximum(edge, 0) * BT + index
-        keys = _rows(k, key_place, k_time, length, MASKED, DIM)
-        values = _rows(v, key_place, v_time, length, MASKED, V)
+        begin = tl.maximum(edge, 0) * BT
+        keys = _rows(k, begin, k_time, length, MASKED, BT, DIM)
+        values = _rows(v, begin, v_time, length, MASKED, BT, V)
         a = _products(up, down, keys, weights, PRECISION)
         s = dot(x, tl.trans(keys), PRECISION)
         s = tl.where(index[:, None] < tl.where(edge >= 0, index, -1)[None, :], s, -float("inf"))
@@ -267,16 +268,16 @@ def chunk_outputs(
         top = tl.where(has_past, log_linear * LOG2E, NOTHING)
         higher = tl.maximum(top, tl.max(s, 1) * per_score + log_g)
         shrink = tl.where(has_past, tl.exp2(top - higher), 0.0)
-        beyond = (index[:, None] >= index[None, :]) & (key_place >= SINKS)[None, :]
+        beyond = (index[:, None] >= index[None, :]) & (begin + index >= SINKS)[None, :]
         p = tl.exp2(s * per_score + (log_g - higher)[:, None]) + tl.where(beyond, a * shrink[:, None], 0.0)
         y = tl.dot(p.to(values.dtype), values, y * shrink[:, None], input_precision=PRECISION)
         total = total * shrink + tl.sum(p, 1)
         top = higher
         # the rest of the window
         for back in tl.static_range(WINDOW // BT - 1, -1, -1):
-            key_place = tl.where(block >= back, place - back * BT, index)
-            keys = _rows(k, key_place, k_time, length, MASKED, DIM)
-            values = _rows(v, key_place, v_time, length, MASKED, V)
+            begin = tl.maximum(block - back, 0) * BT
+            keys = _rows(k, begin, k_time, length, MASKED, BT, DIM)
+            values = _rows(v, begin, v_time, length, MASKED, BT, V)
             s = dot(x, tl.trans(keys), PRECISION)
             if back == 0:
                 s = tl.where(index[:, None] >= index[None, :], s, -float("inf"))
@@ -298,7 +299,7 @@ def chunk_outputs(
             total = total * tl.exp2(top - higher) + tl.exp2(logit - higher)
             top = higher
         y *= (1.0 / total)[:, None]
-        at_out = out + place.to(tl.int64)[:, None] * out_time + tl.arange(0, V)[None, :]
+        at_out = out + (block * BT).to(tl.int64) * out_time + index[:, None] * out_time + tl.arange(0, V)[None, :]
         at_mass = log_mass + (row * heads + head) * num_keys + start + place
         if MASKED:
             tl.store(at_out, y.to(out.dtype.element_ty), mask=(place < length)[:, None])
