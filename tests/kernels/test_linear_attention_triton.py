@@ -164,6 +164,27 @@ def padding(*ranges, length=50):
 HYBRID = {
     "window 20": ({}, {"window_size": 20}, {}),
     "window 16, a map a query head": ({"heads": 4, "kv_heads": 2, "map_heads": 4}, {"window_size": 16}, {}),
+    "window 32, past of one key": ({"length": 33}, {"window_size": 32}, {}),
+    "window 48, sinks and a meta logit": (
+        {"length": 140, "batch": 1, "meta": True},
+        {"window_size": 48, "num_sinks": 5, "window_weight": 0.7, "linear_weight": 0.3},
+        {},
+    ),
+    "window 16, padding": (
+        {"length": 110, "batch": 3},
+        {"window_size": 16, "return_state": True},
+        {"key_mask": padding((0, 110), (13, 96), (0, 0), length=110)},
+    ),
+    "window 16, packed": (
+        {"length": 150},
+        {"window_size": 16, "num_sinks": 3},
+        {"segment_ids": segments([17, 18, 110], [40], length=150)},
+    ),
+    "window 16, splits": (
+        {"batch": 1, "heads": 1, "length": 1100},
+        {"window_size": 16, "num_sinks": 4},
+        {},
+    ),
     "window 1": ({"length": 20}, {"window_size": 1}, {}),
     "window 37": ({"length": 70}, {"window_size": 37}, {}),
     "one token": ({"length": 1}, {"window_size": 20}, {}),
