@@ -17,12 +17,12 @@ EVERY = 2  # blocks of queries from one kept state to the next
 def takes(q: Tensor, k: Tensor, v: Tensor, map_k: Tensor, window: int, terrace: bool, scale: float) -> bool:
     """Whether these kernels take a call that has a window and a linear past, but no state to start from."""
     dims = q.shape[-1], v.shape[-1], 2 * map_k.shape[-1]
-    whole = window % _rows(q) == 0 and k.shape[2] == q.shape[2] > window
-    return whole and not terrace and max(dims) <= 128 and scale > 0
+    fit = max(dims) <= 128 and (min(dims) >= 64 or q.dtype == torch.float32)
+    return fit and scale > 0 and not terrace and window % _rows(q) == 0 and k.shape[2] == q.shape[2] > window
 
 
 def _rows(q: Tensor) -> int:
-    return 64 if q.dtype != torch.float32 else 16
+    return Blocks.chunk_states(q.dtype, 64).rows
 
 
 def chunked_forward(
@@ -67,8 +67,9 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     """The states that `chunk_states` keeps, and their sums of keys."""
     heads, keys, width, length = len(map_k), 2 * map_k.shape[-1], v.shape[-1], k.shape[2]
-    cut = Blocks.recurrence(v.dtype, keys, width)
-    splits, split_chunks = num_splits(sequences * heads * (width // cut.values), length, EVERY * rows)
+    cut = Blocks.chunk_states(v.dtype, width)
+    slots_each = cut.warps // 4 * (width // cut.values)
+    splits, split_chunks = num_splits(sequences * heads * slots_each, length, EVERY * rows)
     slots = k.shape[0] * length // (EVERY * rows) + sequences
     fp32: Any = {"dtype": torch.float32, "device": k.device}
     states = torch.empty(slots, heads, width, keys, dtype=v.dtype, device=k.device)
@@ -80,8 +81,8 @@ def _states(
                 k, v, map_k, k if bounds is None else bounds, *(first or into), *into,
                 *k.stride()[:3], *v.stride()[:3], heads // k.shape[1], length, num_sinks, splits, split_chunks,
                 HAS_BOUNDS=bounds is not None, HAS_FIRST=first is not None, LAST_ONLY=last_only, DIM=k.shape[-1],
-                HALF=keys // 2, V=width, BV=cut.values, BT=rows, EVERY=EVERY, PRECISION=cut.precision,
-                num_warps=cut.warps, num_stages=3 if rows == 64 else 1,
+                HALF=keys // 2, V=width, BV=cut.values, BT=cut.rows, EVERY=EVERY, PRECISION=cut.precision,
+                num_warps=cut.warps, num_stages=cut.stages,
             )  # fmt: skip
 
     first: tuple[Tensor, Tensor] | None = None
