@@ -54,7 +54,7 @@ def settled(x):
 
 @gluon.jit
 def nought(x):
-    """Zero, of which the compiler does not know that it is zero: addresses made of it are not kept over a loop's turns."""
+    """Zero, but no compiler knows: addresses that are made of it are not kept over a loop's turns."""
     return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -185,9 +185,13 @@ def chunk_outputs_async(
         key = (again(chunk) + column)[None, :]  # of the first block; the next is TILE further
         arrived(2)
         # the softmax window: scores of three blocks of keys, of which a query sees parts
-        s0 = warpgroup_mma(x.index(nil), keys.index(nil).slice(0, TILE).permute((1, 0)), none, use_acc=False, is_async=True)
+        s0 = warpgroup_mma(
+            x.index(nil), keys.index(nil).slice(0, TILE).permute((1, 0)), none, use_acc=False, is_async=True
+        )
         s0 = warpgroup_mma(x.index(nil + 1), keys.index(nil + 1).slice(0, TILE).permute((1, 0)), s0, is_async=True)
-        s1 = warpgroup_mma(x.index(nil), keys.index(nil).slice(TILE, TILE).permute((1, 0)), none, use_acc=False, is_async=True)
+        s1 = warpgroup_mma(
+            x.index(nil), keys.index(nil).slice(TILE, TILE).permute((1, 0)), none, use_acc=False, is_async=True
+        )
         s1 = warpgroup_mma(x.index(nil + 1), keys.index(nil + 1).slice(TILE, TILE).permute((1, 0)), s1, is_async=True)
         s2 = warpgroup_mma(x.index(nil), keys2.index(nil).permute((1, 0)), none, use_acc=False, is_async=True)
         s2 = warpgroup_mma(x.index(nil + 1), keys2.index(nil + 1).permute((1, 0)), s2, is_async=True)
