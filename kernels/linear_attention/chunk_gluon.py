@@ -30,7 +30,9 @@ SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 COPY_ROWS = gl.constexpr(gl.SliceLayout(1, COPY.value))
 COPY_COLUMNS = gl.constexpr(gl.SliceLayout(0, COPY.value))
-together = getattr(gl, "thread_barrier", None) or gl.barrier  # its name before and since Triton 3.7
+# Names before and since Triton 3.7
+together = getattr(gl, "thread_barrier", None) or gl.barrier
+copy_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -64,7 +66,7 @@ def fetch(buffer, pointer, begin, stride, last, NUM: gl.constexpr):
     row = gl.minimum(gl.maximum(again(begin) + gl.arange(0, NUM, layout=COPY_ROWS), 0), last).to(gl.int64)
     at = pointer + row[:, None] * stride + gl.arange(0, TILE, layout=COPY_COLUMNS)[None, :]
     for half in gl.static_range(2):
-        async_copy.async_copy_global_to_shared(buffer.index(nought(begin) + half), at + half * TILE)
+        copy_in(buffer.index(nought(begin) + half), at + half * TILE)
 
 
 @gluon.jit
@@ -158,8 +160,8 @@ def chunk_outputs_async(
 
     local = gl.arange(0, CHUNK, layout=COPY_ROWS)[:, None] * TILE + gl.arange(0, TILE, layout=COPY_COLUMNS)[None, :]
     if first < stop:
-        async_copy.async_copy_global_to_shared(maps.index(0), map_q + head * (CHUNK * TILE) + local)
-        async_copy.async_copy_global_to_shared(maps.index(1), map_k + head // map_group * (CHUNK * TILE) + local)
+        copy_in(maps.index(0), map_q + head * (CHUNK * TILE) + local)
+        copy_in(maps.index(1), map_k + head // map_group * (CHUNK * TILE) + local)
         fetch(x, q, first * CHUNK + TILE, q_time, last, CHUNK)
         fetch(keys, k, first * CHUNK, k_time, last, CHUNK)
         fetch(keys2, k, first * CHUNK + CHUNK, k_time, last, TILE)
