@@ -87,7 +87,7 @@ def features(z, factor):
     return up, down * (factor / gl.sum(down, 1))[:, None] + least
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["strips"])
 def chunk_outputs_async(
     q,
     k,
