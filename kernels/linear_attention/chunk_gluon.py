@@ -61,12 +61,13 @@ def nought(x):
 
 
 @gluon.jit
-def fetch(buffer, pointer, begin, stride, last, NUM: gl.constexpr):
+def fetch(left, right, pointer, begin, stride, last, NUM: gl.constexpr):
     """Have NUM rows of 128 numbers copied, into two halves of 64 columns; rows are at most `last`."""
     row = gl.minimum(gl.maximum(again(begin) + gl.arange(0, NUM, layout=COPY_ROWS), 0), last).to(gl.int64)
     at = pointer + row[:, None] * stride + gl.arange(0, TILE, layout=COPY_COLUMNS)[None, :]
-    for half in gl.static_range(2):
-        copy_in(buffer.index(nought(begin) + half), at + half * TILE)
+    nil = nought(begin)
+    copy_in(left.index(nil), at)
+    copy_in(right.index(nil), at + TILE)
 
 
 @gluon.jit
@@ -149,27 +150,43 @@ def chunk_outputs_async(
     first = strip * each - 1
     stop = gl.minimum(first + each, chunks - 1)
 
-    x = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, TILE], SHARED)
-    keys = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, TILE], SHARED)
-    keys2 = gl.allocate_shared_memory(gl.bfloat16, [2, TILE, TILE], SHARED)
-    values = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, TILE], SHARED)
-    values2 = gl.allocate_shared_memory(gl.bfloat16, [2, TILE, TILE], SHARED)
-    state = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, TILE], SHARED)
-    phi = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, TILE], SHARED)
-    maps = gl.allocate_shared_memory(gl.bfloat16, [2, CHUNK, TILE], SHARED)
+    x_0 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    x_1 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    keys_0 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    keys_1 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    keys2_0 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, TILE], SHARED)
+    keys2_1 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, TILE], SHARED)
+    values_0 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    values_1 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    values2_0 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, TILE], SHARED)
+    values2_1 = gl.allocate_shared_memory(gl.bfloat16, [1, TILE, TILE], SHARED)
+    state_0 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    state_1 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    phi_0 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    phi_1 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    maps_0 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
+    maps_1 = gl.allocate_shared_memory(gl.bfloat16, [1, CHUNK, TILE], SHARED)
 
     local = gl.arange(0, CHUNK, layout=COPY_ROWS)[:, None] * TILE + gl.arange(0, TILE, layout=COPY_COLUMNS)[None, :]
     if first < stop:
-        copy_in(maps.index(0), map_q + head * (CHUNK * TILE) + local)
-        copy_in(maps.index(1), map_k + head // map_group * (CHUNK * TILE) + local)
-        fetch(x, q, first * CHUNK + TILE, q_time, last, CHUNK)
-        fetch(keys, k, first * CHUNK, k_time, last, CHUNK)
-        fetch(keys2, k, first * CHUNK + CHUNK, k_time, last, TILE)
+        copy_in(maps_0.index(0), map_q + head * (CHUNK * TILE) + local)
+        copy_in(maps_1.index(0), map_k + head // map_group * (CHUNK * TILE) + local)
+        fetch(x_0, x_1, q, first * CHUNK + TILE, q_time, last, CHUNK)
+        fetch(keys_0, keys_1, k, first * CHUNK, k_time, last, CHUNK)
+        fetch(keys2_0, keys2_1, k, first * CHUNK + CHUNK, k_time, last, TILE)
         async_copy.commit_group()
-        fetch(values, v, first * CHUNK, v_time, last, CHUNK)
-        fetch(values2, v, first * CHUNK + CHUNK, v_time, last, TILE)
+        fetch(values_0, values_1, v, first * CHUNK, v_time, last, CHUNK)
+        fetch(values2_0, values2_1, v, first * CHUNK + CHUNK, v_time, last, TILE)
         async_copy.commit_group()
-        fetch(state, states + (slot + gl.maximum(first, 0) * map_heads) * (CHUNK * CHUNK), 0, CHUNK, CHUNK, CHUNK)
+        fetch(
+            state_0,
+            state_1,
+            states + (slot + gl.maximum(first, 0) * map_heads) * (CHUNK * CHUNK),
+            0,
+            CHUNK,
+            CHUNK,
+            CHUNK,
+        )
         async_copy.commit_group()
 
     log_g = gl.load(log_factor + head) * LOG2E
@@ -188,23 +205,25 @@ def chunk_outputs_async(
         arrived(2)
         # the softmax window: scores of three blocks of keys, of which a query sees parts
         s0 = warpgroup_mma(
-            x.index(nil), keys.index(nil).slice(0, TILE).permute((1, 0)), none, use_acc=False, is_async=True
+            x_0.index(nil), keys_0.index(nil).slice(0, TILE).permute((1, 0)), none, use_acc=False, is_async=True
         )
-        s0 = warpgroup_mma(x.index(nil + 1), keys.index(nil + 1).slice(0, TILE).permute((1, 0)), s0, is_async=True)
+        s0 = warpgroup_mma(x_1.index(nil), keys_1.index(nil).slice(0, TILE).permute((1, 0)), s0, is_async=True)
         s1 = warpgroup_mma(
-            x.index(nil), keys.index(nil).slice(TILE, TILE).permute((1, 0)), none, use_acc=False, is_async=True
+            x_0.index(nil), keys_0.index(nil).slice(TILE, TILE).permute((1, 0)), none, use_acc=False, is_async=True
         )
-        s1 = warpgroup_mma(x.index(nil + 1), keys.index(nil + 1).slice(TILE, TILE).permute((1, 0)), s1, is_async=True)
-        s2 = warpgroup_mma(x.index(nil), keys2.index(nil).permute((1, 0)), none, use_acc=False, is_async=True)
-        s2 = warpgroup_mma(x.index(nil + 1), keys2.index(nil + 1).permute((1, 0)), s2, is_async=True)
-        s0 = warpgroup_mma_wait(4, [s0])
+        s1 = warpgroup_mma(x_1.index(nil), keys_1.index(nil).slice(TILE, TILE).permute((1, 0)), s1, is_async=True)
+        s2 = warpgroup_mma(x_0.index(nil), keys2_0.index(nil).permute((1, 0)), none, use_acc=False, is_async=True)
+        s2 = warpgroup_mma(x_1.index(nil), keys2_1.index(nil).permute((1, 0)), s2, is_async=True)
+        z = warpgroup_mma(x_0.index(nil), maps_0.index(nil).slice(0, TILE), none, use_acc=False, is_async=True)
+        z = warpgroup_mma(x_1.index(nil), maps_0.index(nil).slice(TILE, TILE), z, is_async=True)
+        s0 = warpgroup_mma_wait(6, [s0])
         s0 = gl.where(query < key - gl.where(chunk >= 0, 0, 2 * CHUNK), s0, -float("inf"))
         peak = gl.max(s0, 1)
-        s1 = warpgroup_mma_wait(2, [s1])
+        s1 = warpgroup_mma_wait(4, [s1])
         key = (again(chunk) + column)[None, :]
         s1 = gl.where((query >= key + gl.where(chunk >= 0, 0, 2 * CHUNK)) & (query < key + TILE), s1, -float("inf"))
         peak = gl.maximum(peak, gl.max(s1, 1))
-        s2 = warpgroup_mma_wait(0, [s2])
+        s2 = warpgroup_mma_wait(2, [s2])
         key = (again(chunk) + column)[None, :]
         s2 = gl.where(query >= key + TILE, s2, -float("inf"))
         peak = gl.maximum(peak, gl.max(s2, 1))
@@ -218,16 +237,14 @@ def chunk_outputs_async(
         p0 = gl.convert_layout(narrow(s0), OPERAND)
         p1 = gl.convert_layout(narrow(s1), OPERAND)
         p2 = gl.convert_layout(narrow(s2), OPERAND)
-        z = warpgroup_mma(x.index(nil), maps.index(nil).slice(0, TILE), none, use_acc=False, is_async=True)
-        z = warpgroup_mma(x.index(nil + 1), maps.index(nil).slice(TILE, TILE), z, is_async=True)
         factor = gl.where(has_past, gl.exp2(log_past - top), 0.0)
         arrived(1)
-        y0 = warpgroup_mma(p0, values.index(nil).slice(0, TILE), none, use_acc=False, is_async=True)
-        y1 = warpgroup_mma(p0, values.index(nil + 1).slice(0, TILE), none, use_acc=False, is_async=True)
-        y0 = warpgroup_mma(p1, values.index(nil).slice(TILE, TILE), y0, is_async=True)
-        y1 = warpgroup_mma(p1, values.index(nil + 1).slice(TILE, TILE), y1, is_async=True)
-        y0 = warpgroup_mma(p2, values2.index(nil), y0, is_async=True)
-        y1 = warpgroup_mma(p2, values2.index(nil + 1), y1, is_async=True)
+        y0 = warpgroup_mma(p0, values_0.index(nil).slice(0, TILE), none, use_acc=False, is_async=True)
+        y1 = warpgroup_mma(p0, values_1.index(nil).slice(0, TILE), none, use_acc=False, is_async=True)
+        y0 = warpgroup_mma(p1, values_0.index(nil).slice(TILE, TILE), y0, is_async=True)
+        y1 = warpgroup_mma(p1, values_1.index(nil).slice(TILE, TILE), y1, is_async=True)
+        y0 = warpgroup_mma(p2, values2_0.index(nil), y0, is_async=True)
+        y1 = warpgroup_mma(p2, values2_1.index(nil), y1, is_async=True)
         # features
         z = warpgroup_mma_wait(6, [z])
         at_sum = sums + (slot + gl.maximum(chunk, 0) * map_heads) * CHUNK + column
@@ -238,26 +255,26 @@ def chunk_outputs_async(
         up = gl.convert_layout(narrow(up), OPERAND)
         down = gl.convert_layout(narrow(down), OPERAND)
         y0, y1 = warpgroup_mma_wait(0, [y0, y1])
-        z_k = warpgroup_mma(keys.index(nil), maps.index(nil + 1).slice(0, TILE), none, use_acc=False, is_async=True)
-        z_k = warpgroup_mma(keys.index(nil + 1), maps.index(nil + 1).slice(TILE, TILE), z_k, is_async=True)
+        z_k = warpgroup_mma(keys_0.index(nil), maps_1.index(nil).slice(0, TILE), none, use_acc=False, is_async=True)
+        z_k = warpgroup_mma(keys_1.index(nil), maps_1.index(nil).slice(TILE, TILE), z_k, is_async=True)
         z_k = warpgroup_mma_wait(0, [z_k])
         key_up, key_down = features(z_k, one)
-        phi.index(nil).store(narrow(key_up))
-        phi.index(nil + 1).store(narrow(key_down))
+        phi_0.index(nil).store(narrow(key_up))
+        phi_1.index(nil).store(narrow(key_down))
         arrived(0)
-        fetch(x, q, following * CHUNK + TILE, q_time, last, CHUNK)
-        fetch(keys, k, following * CHUNK, k_time, last, CHUNK)
-        fetch(keys2, k, following * CHUNK + CHUNK, k_time, last, TILE)
+        fetch(x_0, x_1, q, following * CHUNK + TILE, q_time, last, CHUNK)
+        fetch(keys_0, keys_1, k, following * CHUNK, k_time, last, CHUNK)
+        fetch(keys2_0, keys2_1, k, following * CHUNK + CHUNK, k_time, last, TILE)
         async_copy.commit_group()
         # products of features where keys are a window or more behind, and the state
-        a0 = warpgroup_mma(up, phi.index(nil).slice(0, TILE).permute((1, 0)), none, use_acc=False, is_async=True)
-        a0 = warpgroup_mma(down, phi.index(nil + 1).slice(0, TILE).permute((1, 0)), a0, is_async=True)
-        a1 = warpgroup_mma(up, phi.index(nil).slice(TILE, TILE).permute((1, 0)), none, use_acc=False, is_async=True)
-        a1 = warpgroup_mma(down, phi.index(nil + 1).slice(TILE, TILE).permute((1, 0)), a1, is_async=True)
-        y0 = warpgroup_mma(up, state.index(nil).slice(0, TILE).permute((1, 0)), y0, is_async=True)
-        y1 = warpgroup_mma(up, state.index(nil).slice(TILE, TILE).permute((1, 0)), y1, is_async=True)
-        y0 = warpgroup_mma(down, state.index(nil + 1).slice(0, TILE).permute((1, 0)), y0, is_async=True)
-        y1 = warpgroup_mma(down, state.index(nil + 1).slice(TILE, TILE).permute((1, 0)), y1, is_async=True)
+        a0 = warpgroup_mma(up, phi_0.index(nil).slice(0, TILE).permute((1, 0)), none, use_acc=False, is_async=True)
+        a0 = warpgroup_mma(down, phi_1.index(nil).slice(0, TILE).permute((1, 0)), a0, is_async=True)
+        a1 = warpgroup_mma(up, phi_0.index(nil).slice(TILE, TILE).permute((1, 0)), none, use_acc=False, is_async=True)
+        a1 = warpgroup_mma(down, phi_1.index(nil).slice(TILE, TILE).permute((1, 0)), a1, is_async=True)
+        y0 = warpgroup_mma(up, state_0.index(nil).slice(0, TILE).permute((1, 0)), y0, is_async=True)
+        y1 = warpgroup_mma(up, state_0.index(nil).slice(TILE, TILE).permute((1, 0)), y1, is_async=True)
+        y0 = warpgroup_mma(down, state_1.index(nil).slice(0, TILE).permute((1, 0)), y0, is_async=True)
+        y1 = warpgroup_mma(down, state_1.index(nil).slice(TILE, TILE).permute((1, 0)), y1, is_async=True)
         a0 = warpgroup_mma_wait(6, [a0])
         a0 = gl.where(query >= key, a0, 0.0)
         total += gl.sum(a0, 1)
@@ -266,17 +283,17 @@ def chunk_outputs_async(
         a1 = gl.where(query >= key + TILE, a1, 0.0)
         total += gl.sum(a1, 1)
         p1 = gl.convert_layout(narrow(a1), OPERAND)
-        y0 = warpgroup_mma(p0, values.index(nil).slice(0, TILE), y0, is_async=True)
-        y1 = warpgroup_mma(p0, values.index(nil + 1).slice(0, TILE), y1, is_async=True)
-        y0 = warpgroup_mma(p1, values.index(nil).slice(TILE, TILE), y0, is_async=True)
-        y1 = warpgroup_mma(p1, values.index(nil + 1).slice(TILE, TILE), y1, is_async=True)
+        y0 = warpgroup_mma(p0, values_0.index(nil).slice(0, TILE), y0, is_async=True)
+        y1 = warpgroup_mma(p0, values_1.index(nil).slice(0, TILE), y1, is_async=True)
+        y0 = warpgroup_mma(p1, values_0.index(nil).slice(TILE, TILE), y0, is_async=True)
+        y1 = warpgroup_mma(p1, values_1.index(nil).slice(TILE, TILE), y1, is_async=True)
         y0, y1 = warpgroup_mma_wait(0, [y0, y1])
         together()
-        fetch(values, v, following * CHUNK, v_time, last, CHUNK)
-        fetch(values2, v, following * CHUNK + CHUNK, v_time, last, TILE)
+        fetch(values_0, values_1, v, following * CHUNK, v_time, last, CHUNK)
+        fetch(values2_0, values2_1, v, following * CHUNK + CHUNK, v_time, last, TILE)
         async_copy.commit_group()
         at_state = states + (slot + gl.maximum(following, 0) * map_heads) * (CHUNK * CHUNK)
-        fetch(state, at_state, 0, CHUNK, CHUNK, CHUNK)
+        fetch(state_0, state_1, at_state, 0, CHUNK, CHUNK, CHUNK)
         async_copy.commit_group()
         place = again(chunk) * CHUNK + TILE + index
         ok = (place >= 0) & (place < length)
