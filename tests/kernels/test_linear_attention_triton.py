@@ -443,14 +443,15 @@ def test_hybrid_attention_in_bf16(dim, options):
 
 
 @needs_gpu
+@pytest.mark.parametrize(("dim", "num_sinks"), [(64, 2), (128, 0)])
 @pytest.mark.parametrize("mask", ["packed", "padding"])
-def test_sequences_in_bf16(mask):
-    x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=64, width=64, half=32)
+def test_sequences_in_bf16(mask, dim, num_sinks):
+    x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=dim, width=dim, half=dim // 2)
     masks = {
         "packed": {"segment_ids": segments([70, 71, 900], [513], length=1200)},
         "padding": {"key_mask": padding((0, 1200), (101, 1077), length=1200)},
     }[mask]
-    options = {"window_size": 64, "scale": 0.125, "num_sinks": 2}
+    options = {"window_size": 64, "scale": dim**-0.5, "num_sinks": num_sinks}
     ours = options | {"bounds": sequence_bounds(**masks)}
     errors = compare(hybrid_attention, reference.hybrid_attention, x, (ours, options | masks), torch.bfloat16)
     errors.pop("window_factor")
