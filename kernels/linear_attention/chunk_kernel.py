@@ -59,7 +59,7 @@ def _rows(pointer, begin, stride, end, MASKED: tl.constexpr, BT: tl.constexpr, W
 
 @triton.jit
 def _slot(row, start, sequence, num_keys, heads, head, CHUNK: tl.constexpr):
-    """Where a sequence's kept states begin: sequences lie in order, and each has one more than chunks."""
+    """Where a sequence's kept states begin: sequences lie in order, and each has a slot more than whole chunks."""
     return ((row * num_keys + start) // CHUNK + sequence) * heads + head
 
 
@@ -95,7 +95,7 @@ def chunk_states(
     EVERY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state before each chunk of EVERY blocks of BT keys, of BV value columns, over one split of one sequence.
+    """The state behind each chunk of EVERY blocks of BT keys, of BV value columns, over one split of one sequence.
 
     `states` (slots, L, V, 2·HALF) and `sums` (slots, L, 2·HALF) fp32; the first `num_zero` keys do not count.
 
@@ -135,14 +135,6 @@ def chunk_states(
     count = tl.maximum(tl.minimum(before + split_chunks, chunks) - before, 0)
     if LAST_ONLY:
         count = tl.where(split == num_splits - 1, 0, count)
-    if not LAST_ONLY:
-        if split == 0:
-            at = slot * (2 * HALF)
-            tl.store(states + at * V + cells, state0.to(states.dtype.element_ty))
-            tl.store(states + at * V + cells + HALF, state1.to(states.dtype.element_ty))
-            if value_block == 0:
-                tl.store(sums + at + half, tl.sum(sum0, 0))
-                tl.store(sums + at + HALF + half, tl.sum(sum1, 0))
     for step in range(count * EVERY):
         block = before * EVERY + step
         keys = _rows(k, block * BT, k_time, 0, False, BT, DIM)
@@ -160,7 +152,7 @@ def chunk_states(
         sum1 = tl.dot(ones, down, sum1, input_precision=PRECISION)
         if not LAST_ONLY:
             if block % EVERY == EVERY - 1:
-                at = (slot + (block // EVERY + 1).to(tl.int64) * heads) * (2 * HALF)
+                at = (slot + (block // EVERY).to(tl.int64) * heads) * (2 * HALF)
                 tl.store(states + at * V + cells, state0.to(states.dtype.element_ty))
                 tl.store(states + at * V + cells + HALF, state1.to(states.dtype.element_ty))
                 if value_block == 0:
@@ -225,8 +217,8 @@ def chunk_outputs(
     (y, total) are in units of exp2(top). Of the block of keys that the window's edge crosses, each query sees a key
     either with a softmax's weight or with a product of features: one product with its values does for both.
     """
-    block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    block = tl.program_id(1)
     sequence = tl.program_id(2)
     row, start, end = sequence_of(bounds, HAS_BOUNDS, sequence, num_keys)
     length = (end - start).to(tl.int32)
@@ -242,19 +234,20 @@ def chunk_outputs(
         log_g = tl.load(log_factor + head) * LOG2E
         per_score = scale * LOG2E
         x = _rows(q, block * BT, q_time, length, MASKED, BT, DIM)
-        # the past, in units of its own factor: the last state that was kept, then a whole block
+        # the past, in units of its own factor: the last state that was kept, then whole blocks
         behind = tl.maximum(edge, 0) // EVERY
         at = _slot(row, start, sequence, num_keys, heads // map_group, head // map_group, EVERY * BT)
-        at = (at + behind.to(tl.int64) * (heads // map_group)) * (2 * HALF)
-        sum0 = tl.load(sums + at + wide)
-        sum1 = tl.load(sums + at + HALF + wide)
+        at = (at + tl.maximum(behind - 1, 0).to(tl.int64) * (heads // map_group)) * (2 * HALF)
+        kept = wide < tl.where(behind > 0, HALF, 0)
+        sum0 = tl.load(sums + at + wide, mask=kept, other=0.0)
+        sum1 = tl.load(sums + at + HALF + wide, mask=kept, other=0.0)
         up, down = _features(x, load_map(map_q, head, DIM, HALF), PRECISION)
         total = tl.sum(up * sum0[None, :] + down * sum1[None, :], 1)
         up = up.to(x.dtype)
         down = down.to(x.dtype)
         cells = states + at * V + tl.arange(0, V)[:, None] * (2 * HALF) + wide[None, :]
-        y = dot(up, tl.trans(tl.load(cells)), PRECISION)
-        y = tl.dot(down, tl.trans(tl.load(cells + HALF)), y, input_precision=PRECISION)
+        y = dot(up, tl.trans(tl.load(cells, mask=kept[None, :], other=0.0)), PRECISION)
+        y = tl.dot(down, tl.trans(tl.load(cells + HALF, mask=kept[None, :], other=0.0)), y, input_precision=PRECISION)
         weights = load_map(map_k, head // map_group, DIM, HALF)
         if edge > behind * EVERY:
             begin = behind * EVERY * BT

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kit.kernels.linear_attention.chunk_kernel import chunk_outputs, chunk_states
-from kit.kernels.linear_attention.launch import SLOTS, Blocks, empty_heads, num_splits, on_device_of, scan, triton
-
-try:
-    from kit.kernels.linear_attention.chunk_gluon import CHUNK, TILE, chunk_outputs_async
-
-    SOURCES: tuple[Any, ...] = (chunk_states, chunk_outputs_async)
-except ImportError:  # a Triton without Gluon
-    SOURCES = (chunk_states,)
+from kit.kernels.linear_attention.launch import Blocks, empty_heads, num_splits, on_device_of, scan, triton
 
 EVERY = 2  # blocks of queries from one kept state to the next
 
@@ -57,18 +49,8 @@ def chunked_forward(
     make = torch.empty if bounds is None else torch.zeros
     log_mass = make(batch, heads, length, dtype=torch.float32, device=q.device)
     states, sums = _states(k, v, map_k, bounds, sequences, rows, num_sinks)
-    if window == 64 and not num_sinks and meta is None and _on_hopper(q, width, map_k):
-        strips = _strips(sequences * heads, length)
-        with on_device_of(q):
-            chunk_outputs_async[(strips, heads, sequences)](
-                q, k, v, map_q, map_k, log_factor, states, sums, q if bounds is None else bounds, out, log_mass,
-                *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), heads, heads // k.shape[1],
-                heads // len(map_k), scale, math.log(linear_weight), length, strips, HAS_BOUNDS=bounds is not None,
-                num_warps=8,
-            )  # fmt: skip
-        return out, log_mass
     with on_device_of(q):
-        chunk_outputs[(triton.cdiv(length, rows), heads, sequences)](
+        chunk_outputs[(heads, triton.cdiv(length, rows), sequences)](
             q, k, v, map_q, map_k, log_factor, log_mass if meta is None else meta, q if sink_k is None else sink_k,
             q if sink_v is None else sink_v, states, sums, q if bounds is None else bounds, out, log_mass,
             *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), heads, heads // k.shape[1],
@@ -78,26 +60,6 @@ def chunked_forward(
             PRECISION="tf32" if rows == 64 else "ieee", num_warps=4, num_stages=1,
         )  # fmt: skip
     return out, log_mass
-
-
-def _on_hopper(q: Tensor, width: int, map_k: Tensor) -> bool:
-    """Whether `chunk_outputs_async` takes a call."""
-    if len(SOURCES) < 2 or not q.is_cuda or q.dtype != torch.bfloat16:
-        return False
-    dims = {q.shape[-1], width, 2 * map_k.shape[-1]}
-    return dims == {CHUNK.value} and torch.cuda.get_device_capability(q.device)[0] == 9
-
-
-@lru_cache(maxsize=256)
-def _strips(programs: int, length: int) -> int:
-    """Into how many parts a sequence is cut: as many as have the busiest multiprocessor do least.
-
-    A part's first chunk is fetched before anything can be computed, which costs about as much as another chunk.
-    """
-    chunks = triton.cdiv(length + TILE.value, CHUNK.value)
-    at_once = SLOTS // 2  # a program fills a multiprocessor
-    choices = range(1, min(chunks, at_once) + 1)
-    return min(choices, key=lambda parts: triton.cdiv(programs * parts, at_once) * (triton.cdiv(chunks, parts) + 1))
 
 
 def _states(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kit.kernels.linear_attention.blocks import scan_states
-from kit.kernels.linear_attention.chunk_ops import SOURCES, chunked_forward, takes
+from kit.kernels.linear_attention.chunk_kernel import chunk_outputs
+from kit.kernels.linear_attention.chunk_ops import chunked_forward, takes
 from kit.kernels.linear_attention.feature_kernel import map_backward
 from kit.kernels.linear_attention.launch import (
     Blocks,
@@ -34,8 +35,8 @@ from kit.kernels.linear_attention.window_kernel import (
 )
 
 NAMESPACE = namespace(
-    __file__, window_forward, recurrence, map_backward, scan_states, Recurrence.run, row_products, chunked_forward,
-    *SOURCES,
+    __file__, window_forward, recurrence, map_backward, scan_states, Recurrence.run, row_products, chunk_outputs,
+    chunked_forward,
 )  # fmt: skip
 SINK_ROWS = 16  # a tile of the tensor cores
 LONGEST_WINDOW = 1024
