@@ -298,6 +298,7 @@ def chunk_outputs(
             y *= tl.exp2(top - higher)[:, None]
             total = total * tl.exp2(top - higher) + tl.exp2(logit - higher)
             top = higher
+        total = tl.maximum(total, 1e-37)  # in fp16 features can be zero
         y *= (1.0 / total)[:, None]
         at_out = out + (block * BT).to(tl.int64) * out_time + index[:, None] * out_time + tl.arange(0, V)[None, :]
         at_mass = log_mass + (row * heads + head) * num_keys + start + place
