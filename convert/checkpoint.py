@@ -211,6 +211,7 @@ class Checkpoint:
         if ours := _quantization_of_ours(self.config):
             options["config"] = self.load_config(trust_remote_code)
             options["config"].quantization_config = ours
+        options |= exact_attention(self.config)
         model, info = self._load(
             "AutoModelForCausalLM",
             "model",
@@ -267,6 +268,15 @@ class Checkpoint:
         except Exception as error:
             problem = f"the {what} cannot be loaded: {_first_line(error)}"
             raise KitError(problem, where=str(self.folder), next_step=advice) from error
+
+
+def exact_attention(config: dict[str, Any]) -> dict[str, str]:
+    """What to tell transformers so that it computes a model's attention as its config.json says.
+
+    Before 5.21 it takes PyTorch's fused attention for Gemma 2 too, which drops the cap on scores.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+    return {"attn_implementation": "eager"} if text.get("attn_logit_softcapping") else {}
 
 
 def _quantization_of_ours(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,10 +14,12 @@ PACKAGES = ("kit", "torch", "transformers", "peft", "accelerate", "datasets", "s
 
 
 def peak_memory() -> int:
-    """Peak memory in bytes since `reset_peak_memory`: of the GPU where one is in use, else of this process."""
+    """Peak memory in bytes since `reset_peak_memory`: of the GPU where one was in use, else of this process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
+        peak = int(torch.cuda.max_memory_allocated())
+        if peak:
+            return peak
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

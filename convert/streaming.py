@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from kit.convert.checkpoint import Checkpoint
+from kit.convert.checkpoint import Checkpoint, exact_attention
 from kit.convert.errors import KitError
 from kit.convert.work import disk_errors
 from kit.families import family_of
@@ -203,7 +203,8 @@ def build_skeleton(config: dict[str, Any]) -> Any:
     apart = ("model_type", "auto_map", "quantization_config")
     values = {name: value for name, value in config.items() if name not in apart}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(values)).eval()
+        found = CONFIG_MAPPING[model_type].from_dict(values)
+        model = AutoModelForCausalLM.from_config(found, **exact_attention(config)).eval()
     if "quantization_config" in config:
         quantize_modules(model, config["quantization_config"])
     return separate_experts(model)

@@ -41,7 +41,7 @@ def test_the_wheel_lists_every_module_preset_and_template_and_no_tests(wheel):
 def test_the_installed_wheel_works(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import kit, kit.recipes; print(kit.__file__, *kit.recipes.presets())"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.stdout.split()[0] == str(tmp_path / "kit" / "__init__.py"), done.stderr
     assert "lolcats" in done.stdout

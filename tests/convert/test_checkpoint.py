@@ -631,6 +631,7 @@ def write_gguf(path, model, architecture):
     writer.add_token_list([*(chr(33 + n) for n in range(config.vocab_size - 2)), "!!", '""'])
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges(["! !", '" "'])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
