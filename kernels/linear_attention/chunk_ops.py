@@ -16,8 +16,11 @@ EVERY = 2  # blocks of queries from one kept state to the next
 
 def takes(q: Tensor, k: Tensor, v: Tensor, map_k: Tensor, window: int, terrace: bool, scale: float) -> bool:
     """Whether these kernels take a call that has a window and a linear past, but no state to start from."""
-    dims = q.shape[-1], v.shape[-1], 2 * map_k.shape[-1]
-    fit = max(dims) <= 128 and (min(dims) >= 64 or q.dtype == torch.float32)
+    dims, features = (q.shape[-1], v.shape[-1]), 2 * map_k.shape[-1]
+    if q.dtype == torch.float32:
+        fit = max(*dims, features) <= 128
+    else:  # compiled for 64 features, Triton 3.6 reads memory that is not ours
+        fit = features == 128 and max(dims) <= 128 and min(dims) >= 64
     return fit and scale > 0 and not terrace and window % _rows(q) == 0 and k.shape[2] == q.shape[2] > window
 
 
