@@ -90,6 +90,12 @@ def hybrid(shape: Shape) -> None:
         differentiate(*hybrid_attention(*tensors, *maps, factor, **given))
 
 
+def chunked(shape: Shape) -> None:
+    """The same in sizes that the kernels of chunk_kernel.py take."""
+    shape.dim, shape.window = (128, 64) if shape.dtype == torch.bfloat16 else (32, 32)
+    hybrid(shape)
+
+
 @torch.no_grad()
 def decode(shape: Shape) -> None:
     """Steps of few and many sequences, with a state a query head or a key head, past a window and its sinks."""
@@ -116,7 +122,7 @@ def decode(shape: Shape) -> None:
 
 def main() -> None:
     """Run the parts that are named, or all."""
-    parts = {"gated": gated, "hybrid": hybrid, "decode": decode}
+    parts = {"gated": gated, "hybrid": hybrid, "chunked": chunked, "decode": decode}
     kinds = {"bf16": torch.bfloat16, "fp32": torch.float32}
     for name in sys.argv[1:] or [f"{part}-{kind}" for kind in kinds for part in parts]:
         part, kind = name.split("-")

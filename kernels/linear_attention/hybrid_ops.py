@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kit.kernels.linear_attention.blocks import scan_states
+from kit.kernels.linear_attention.chunk_kernel import chunk_outputs
+from kit.kernels.linear_attention.chunk_ops import chunked_forward, takes
 from kit.kernels.linear_attention.feature_kernel import map_backward
 from kit.kernels.linear_attention.launch import (
     Blocks,
@@ -32,7 +34,10 @@ from kit.kernels.linear_attention.window_kernel import (
     window_forward,
 )
 
-NAMESPACE = namespace(__file__, window_forward, recurrence, map_backward, scan_states, Recurrence.run, row_products)
+NAMESPACE = namespace(
+    __file__, window_forward, recurrence, map_backward, scan_states, Recurrence.run, row_products, chunk_outputs,
+    chunked_forward,
+)  # fmt: skip
 SINK_ROWS = 16  # a tile of the tensor cores
 LONGEST_WINDOW = 1024
 TERRACES = (16, 32, 64)
@@ -99,6 +104,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log of the denominators (B, H, T)."""
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    if min(linear_weight, window_weight) > 0 and state is None and takes(q, k, v, map_k, window, terrace, scale):
+        maps_and_window = map_q, map_k, log_factor, meta, sink_k, sink_v
+        return chunked_forward(q, k, v, *maps_and_window, bounds, window, num_sinks, scale, linear_weight)
     batch, heads, length = q.shape[:3]
     before = k.shape[2] - length
     out = empty_heads((batch, heads, length, v.shape[-1]), v.dtype, v.device, fill=bounds is not None)

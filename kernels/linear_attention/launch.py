@@ -43,6 +43,13 @@ class Blocks:
         return cls(64, min(values, 64), 4 if keys <= 128 else 8, 2, "tf32")
 
     @classmethod
+    def chunk_states(cls, dtype: torch.dtype, values: int) -> Blocks:
+        """The cut of hybrid attention's states of up to 128 features; its blocks of queries have as many rows."""
+        if dtype == torch.float32:
+            return cls(16, min(values, 32), 4, 1, "ieee")
+        return cls(64, values, 8 if values == 128 else 4, 3, "tf32")
+
+    @classmethod
     def window(cls, dtype: torch.dtype, dim: int, values: int) -> Blocks:
         """The cut of a softmax window: all value columns in one program."""
         if dtype == torch.float32:

@@ -165,6 +165,27 @@ def padding(*ranges, length=50):
 HYBRID = {
     "window 20": ({}, {"window_size": 20}, {}),
     "window 16, a map a query head": ({"heads": 4, "kv_heads": 2, "map_heads": 4}, {"window_size": 16}, {}),
+    "window 32, past of one key": ({"length": 33}, {"window_size": 32}, {}),
+    "window 48, sinks and a meta logit": (
+        {"length": 140, "batch": 1, "meta": True},
+        {"window_size": 48, "num_sinks": 5, "window_weight": 0.7, "linear_weight": 0.3},
+        {},
+    ),
+    "window 16, padding": (
+        {"length": 110, "batch": 3},
+        {"window_size": 16, "return_state": True},
+        {"key_mask": padding((0, 110), (13, 96), (0, 0), length=110)},
+    ),
+    "window 16, packed": (
+        {"length": 150},
+        {"window_size": 16, "num_sinks": 3},
+        {"segment_ids": segments([17, 18, 110], [40], length=150)},
+    ),
+    "window 16, splits": (
+        {"batch": 1, "heads": 1, "length": 1100},
+        {"window_size": 16, "num_sinks": 4},
+        {},
+    ),
     "window 1": ({"length": 20}, {"window_size": 1}, {}),
     "window 37": ({"length": 70}, {"window_size": 37}, {}),
     "one token": ({"length": 1}, {"window_size": 20}, {}),
@@ -443,21 +464,32 @@ def test_hybrid_attention_in_bf16(dim, options):
 
 
 @needs_gpu
+@pytest.mark.parametrize(("dim", "num_sinks"), [(64, 2), (128, 0)])
 @pytest.mark.parametrize("mask", ["packed", "padding"])
-def test_sequences_in_bf16(mask):
-    x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=64, width=64, half=32)
+def test_sequences_in_bf16(mask, dim, num_sinks):
+    x = hybrid_inputs(heads=4, kv_heads=2, length=1200, dim=dim, width=dim, half=dim // 2)
     masks = {
         "packed": {"segment_ids": segments([70, 71, 900], [513], length=1200)},
         "padding": {"key_mask": padding((0, 1200), (101, 1077), length=1200)},
     }[mask]
-    options = {"window_size": 64, "scale": 0.125, "num_sinks": 2}
+    options = {"window_size": 64, "scale": dim**-0.5, "num_sinks": num_sinks}
     ours = options | {"bounds": sequence_bounds(**masks)}
     errors = compare(hybrid_attention, reference.hybrid_attention, x, (ours, options | masks), torch.bfloat16)
     errors.pop("window_factor")
     assert max(errors.values()) < 6e-3, errors
 
 
-SIZES = [(64, 128, 256), (64, 64, 64), (128, 64, 64), (128, 256, 128), (256, 64, 64), (256, 128, 256), (256, 256, 256)]
+SIZES = [
+    (64, 128, 256),
+    (64, 64, 64),
+    (64, 128, 128),
+    (128, 64, 128),
+    (128, 64, 64),
+    (128, 256, 128),
+    (256, 64, 64),
+    (256, 128, 256),
+    (256, 256, 256),
+]
 
 
 @needs_gpu
@@ -492,17 +524,18 @@ def errors_of_a_size(case, dim, width, features, dtype):
 
 
 @needs_gpu
-@pytest.mark.parametrize("case", ["gates", "denominator", "hybrid"])
+@pytest.mark.parametrize("case", ["gates", "denominator", "hybrid", "hybrid, features inside"])
 def test_a_million_tokens(case):
     """Outputs are right at the end as at the start, and gradients stay finite."""
-    shape = {"batch": 1, "heads": 1, "length": 2**20, "dim": 64, "width": 64, "half": 32}
-    options: dict = {"window_size": 64, "scale": 0.125} if case == "hybrid" else {"normalize": case == "denominator"}
-    x = hybrid_inputs(**shape) if case == "hybrid" else gated_inputs(**shape, gate=0.05 if case == "gates" else 0)
+    hybrid, half = case.startswith("hybrid"), 64 if case == "hybrid, features inside" else 32
+    shape = {"batch": 1, "heads": 1, "length": 2**20, "dim": 64, "width": 64, "half": half}
+    options: dict = {"window_size": 64, "scale": 0.125} if hybrid else {"normalize": case == "denominator"}
+    x = hybrid_inputs(**shape) if hybrid else gated_inputs(**shape, gate=0.05 if case == "gates" else 0)
     x = {n: t.to(DEVICE) for n, t in x.items()}
     x = {n: t if n in ("window_factor", "log_gate") else t.bfloat16() for n, t in x.items()}
-    ours, theirs = {
-        "hybrid": (hybrid_attention, reference.hybrid_attention),
-    }.get(case, (gated_linear_attention, gated_reference.gated_linear_attention))
+    ours, theirs = gated_linear_attention, gated_reference.gated_linear_attention
+    if hybrid:
+        ours, theirs = hybrid_attention, reference.hybrid_attention
     out, _ = ours(**{n: t.requires_grad_() for n, t in x.items()}, **options)
     assert all(t.isfinite().all() for t in torch.autograd.grad(out.float().sum(), list(x.values())))
     want, _ = theirs(**{n: t.detach().double() for n, t in x.items()}, **options)
