@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kit.kernels.int4_fp8 import attention_kernel as kernels
 from kit.kernels.int4_fp8.attention_reference import Heads
-from kit.kernels.int4_fp8.dispatch import ceil_div, launch, operation, power_of_two
+from kit.kernels.int4_fp8.dispatch import ceil_div, launch, power_of_two
+from kit.kernels.operations import operation
 
 PROGRAMS = 396  # of `decode` that run at a time on an H100 or H200: three on each of its 132 multiprocessors
 NEAR_KEYS = 64  # recent keys a program

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kit.kernels.int4_fp8.dispatch import operation
 from kit.kernels.int4_fp8.packing import PackedInt4
 from kit.kernels.int4_fp8.reference import FP8, quantize_activations
+from kit.kernels.operations import operation
 
 try:
     from kit.kernels.int4_fp8.linear_launch import FEW, MAX_WIDTH

@@ -14,6 +14,7 @@ from kit.kernels.linear_attention.decode_kernel import gated_step as gated_step_
 from kit.kernels.linear_attention.decode_kernel import hybrid_step as hybrid_step_kernel
 from kit.kernels.linear_attention.launch import SLOTS, namespace, on_device_of, refuse_dims, triton
 from kit.kernels.linear_attention.reference import check_heads
+from kit.kernels.operations import operation
 
 NAMESPACE = namespace(__file__, hybrid_step_kernel, load_map)
 
@@ -82,14 +83,7 @@ def _check_state(tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
             raise ValueError(f"{name} of {shape} is needed, got {tuple(x.shape)}")
 
 
-def _directly(x: Tensor) -> bool:
-    """Whether a kernel may be launched past torch.library, whose dispatch takes longer on the CPU than the launch.
-
-    Compilers, autograd and subclasses of tensors need it.
-    """
-    return type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
+@operation(f"{NAMESPACE}::hybrid_step", ("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v", "arrivals"))
 def _hybrid_step(
     q: Tensor,
     k: Tensor,
@@ -133,14 +127,7 @@ def _hybrid_step(
     return out
 
 
-_hybrid_op = torch.library.custom_op(
-    f"{NAMESPACE}::hybrid_step",
-    _hybrid_step,
-    mutates_args=("ring_k", "ring_v", "states", "sums", "sink_k", "sink_v", "arrivals"),
-)
-
-
-@_hybrid_op.register_fake
+@_hybrid_step.register_fake
 def _(q, k, v, *options):
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
@@ -209,14 +196,14 @@ def hybrid_step(
     map_q, map_k = feature_map_q, feature_map_k
     if linear_weight > 0:
         map_q, map_k = map_q.contiguous(), map_k.contiguous()
-    step = _hybrid_step if _directly(q) else _hybrid_op
-    return step(
+    return _hybrid_step(
         q, k, v, map_q, map_k, log_factor, meta, position, state.ring_k,
         state.ring_v, state.states, state.sums, state.sink_k, state.sink_v, state.arrivals, scale, linear_weight,
         window_weight,
     )  # fmt: skip
 
 
+@operation(f"{NAMESPACE}::gated_step", ("states", "sums"))
 def _gated_step(
     q: Tensor,
     k: Tensor,
@@ -248,10 +235,7 @@ def _gated_step(
     return out
 
 
-_gated_op = torch.library.custom_op(f"{NAMESPACE}::gated_step", _gated_step, mutates_args=("states", "sums"))
-
-
-@_gated_op.register_fake
+@_gated_step.register_fake
 def _(q, k, v, *options):
     return v.new_empty(q.shape[0], q.shape[1], v.shape[-1])
 
@@ -301,5 +285,4 @@ def gated_step(
     if reason := refuse_dims(**{"head dim": q.shape[-1], "value dim": v.shape[-1], "feature dim": states.shape[2]}):
         raise ValueError(reason)
     gate = None if log_gate is None else log_gate.float()
-    step = _gated_step if _directly(q) else _gated_op
-    return step(q, k, v, gate, feature_map_q, feature_map_k, position, states, sums, scale, normalize)
+    return _gated_step(q, k, v, gate, feature_map_q, feature_map_k, position, states, sums, scale, normalize)

@@ -22,6 +22,7 @@ from kit.kernels.linear_attention.launch import (
 )
 from kit.kernels.linear_attention.recurrence_kernel import KEEP_EVERY, gate_gradient, recurrence
 from kit.kernels.linear_attention.recurrence_ops import Recurrence, cumulated, map_features, map_gradient
+from kit.kernels.operations import operation
 
 NAMESPACE = namespace(__file__, recurrence, map_backward, scan_states, Recurrence.run, row_products)
 
@@ -33,7 +34,7 @@ def _prepare(q: Tensor, v: Tensor, log_gate: Tensor | None, bounds: Tensor | Non
     return Recurrence(batch, heads, length, rows, through, bounds)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::gated_forward", mutates_args=())
+@operation(f"{NAMESPACE}::gated_forward")
 def _forward(
     q: Tensor,
     k: Tensor,

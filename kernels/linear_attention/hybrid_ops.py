@@ -33,6 +33,7 @@ from kit.kernels.linear_attention.window_kernel import (
     window_backward_queries,
     window_forward,
 )
+from kit.kernels.operations import operation
 
 NAMESPACE = namespace(
     __file__, window_forward, recurrence, map_backward, scan_states, Recurrence.run, row_products, chunk_outputs,
@@ -81,7 +82,7 @@ def _without_sinks(phi_k: Tensor, bounds: Tensor | None, num_sinks: int) -> Tens
     return phi_k
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hybrid_forward", mutates_args=())
+@operation(f"{NAMESPACE}::hybrid_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -377,7 +378,7 @@ def _add_to_first_keys(d_x: Tensor, d_sinks: Tensor, bounds: Tensor | None) -> N
     d_x.transpose(1, 2).index_put_((rows, places), d_sinks.transpose(1, 2).to(d_x.dtype), accumulate=True)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::hybrid_state", mutates_args=())
+@operation(f"{NAMESPACE}::hybrid_state")
 def _state(
     k: Tensor,
     v: Tensor,
