@@ -23,23 +23,10 @@ from kit.convert.data import TokenRows
 from kit.convert.measure import hardware
 from kit.convert.progress import Progress
 from kit.convert.recipe import ModelFacts, TrainRun
+from kit.convert.shapes import shape_config
 from kit.modules import modeling
 from kit.recipes import load_recipes
 
-SMOLLM2 = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 WARM, ROWS = passes.WARM + 2, 64  # updates that are not timed; rows of data
 
 
@@ -81,7 +68,7 @@ def measure(recipe_name: str, settings: list[str], batch: int, way: str, options
     passes.WARM = WARM - 2 if way != "launched" else options.steps
     sizes = [f"distill.batch_size={batch}", f"distill.steps={options.steps}", "distill.learning_rate=1e-4"]
     recipe = load_recipes(recipe_name, [*settings, *sizes, f"distill.compile={str(way == 'compiled').lower()}"])[0]
-    facts = ModelFacts(SMOLLM2 | json.loads(options.config), {})
+    facts = ModelFacts(shape_config("smollm2-135m") | json.loads(options.config), {})
     config = recipe.build(facts)
     torch.manual_seed(0)
     kind = getattr(modeling, f"Kit{facts.family.prefix}Config")

@@ -24,30 +24,15 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kit.convert.measure import hardware
 from kit.convert.recipe import ModelFacts
+from kit.convert.shapes import shape_config
 from kit.modules import decoding, linear_attention, modeling, replay
 from kit.recipes import load_recipes
-
-SMOLLM2 = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 
 
 def build(recipe: str | None, changes: dict[str, Any], device: str) -> Any:
     """The base model, or what a recipe makes of it, in bf16; weights and new parameters are random."""
-    config, kind = SMOLLM2 | changes, LlamaConfig
+    endless = {"eos_token_id": None, "pad_token_id": 0}
+    config, kind = shape_config("smollm2-135m") | endless | changes, LlamaConfig
     if recipe:
         config, kind = load_recipes(recipe, [])[0].build(ModelFacts(config, {})), modeling.KitLlamaConfig
     torch.manual_seed(0)

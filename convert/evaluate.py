@@ -35,7 +35,7 @@ from kit.convert.windowed import window_name, windowed
 from kit.modules.sparsity import counted, skipped_weights, token_window
 
 DECODE_PROMPT, DECODE_TOKENS = 256, 48
-WARM_TOKENS = 2  # of a decode, not timed: on the kernels the second is captured as a CUDA graph
+WARM_TOKENS = 3  # of a decode, not timed: by then a step has been captured as a CUDA graph, if it can be
 
 
 @dataclass

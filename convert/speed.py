@@ -1,7 +1,7 @@
 """How fast a model is: prefill, decoding, time to the first token and memory.
 
 Decoding runs as a CUDA graph where the device is a GPU and the model's cache has a fixed size, so that launches do not
-count.
+count. Linearized models capture their steps by themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class FusedRunner:
     """A model on the kernels (`kit.enable_kernels`)."""
 
     kernels = True
+    fixed = True  # the size of its cache
 
     def __init__(self, model: Any) -> None:
         self.fused = model.fused
@@ -48,13 +49,16 @@ class FusedRunner:
 
 
 class PlainRunner:
-    """A model as transformers runs it: a cache of fixed size on a GPU if the model allows, else a growing one."""
+    """A model as `generate` runs it; on a GPU transformers' own get a cache of fixed size, if they can do with one."""
 
     kernels = False
 
     def __init__(self, model: Any) -> None:
         from kit.modules.cache import cache_argument
+        from kit.modules.modeling import LinearizedForCausalLM
 
+        on_gpu = model.device.type == "cuda" and not isinstance(model, LinearizedForCausalLM)
+        self.fixed = on_gpu and getattr(model, "_can_compile_fullgraph", False)
         self.model = model
         self.name = cache_argument(inspect.signature(model.forward).parameters)
 
@@ -68,9 +72,7 @@ class PlainRunner:
         from transformers import DynamicCache, StaticCache
 
         config = self.model.config
-        static = self.model.device.type == "cuda" and getattr(self.model, "_can_compile_fullgraph", False)
-        self.cache = StaticCache(config, self.capacity) if static else DynamicCache(config=config)
-        self.fixed = static
+        self.cache = StaticCache(config, self.capacity) if self.fixed else DynamicCache(config=config)
         self.position = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
         out = self.model(ids, **{self.name: self.cache}, use_cache=True, logits_to_keep=1)
         self.position.fill_(ids.shape[1])
@@ -170,7 +172,7 @@ def _decode_seconds(runner: Any, ids: Tensor, steps: int, graphs: bool) -> tuple
     step()
     step()
     replay, graph = step, None
-    if graphs and getattr(runner, "fixed", True):
+    if graphs and runner.fixed:
         torch.cuda.synchronize(ids.device)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -186,4 +188,6 @@ def _decode_seconds(runner: Any, ids: Tensor, steps: int, graphs: bool) -> tuple
         for _ in range(steps):
             replay()
 
-    return _seconds(all_steps, ids.device) / steps, graph is not None
+    seconds = _seconds(all_steps, ids.device) / steps
+    own = getattr(getattr(runner, "cache", None), "kit_steps", None)
+    return seconds, graph is not None or (own is not None and own.replay is not None)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from kit.cli import app
@@ -15,6 +16,7 @@ from kit.convert.outputs import check_files, replacing, write_text
 from kit.convert.shapes import LINEARS, random_model, shape_config, skeleton
 from kit.convert.speed import FusedRunner, PlainRunner, measure, runner_of
 from kit.modules.accelerated import enable_kernels
+from kit.modules.modeling import KitLlamaForCausalLM
 from kit.modules.quantized import QuantizedLinear
 
 TINY = {
@@ -30,7 +32,7 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SHAPES = ("llama-2-7b", "llama-3-8b", "llama-3.2-1b", "mistral-7b", "qwen3-8b")
+SHAPES = ("llama-2-7b", "llama-3-8b", "llama-3.2-1b", "mistral-7b", "qwen3-8b", "smollm2-135m")
 
 
 def tiny(int4, dtype=torch.float32, **change):
@@ -85,6 +87,13 @@ def test_runners_decode_what_the_whole_sequence_gives(fused):
         runner.start(2, 20)
         got = [runner.prefill(ids[:, :9])[:, -1], *(runner.step(ids[:, i : i + 1])[:, -1] for i in (9, 10, 11))]
     torch.testing.assert_close(torch.stack(got, 1), want[:, 8:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("linearized", [False, True])
+def test_on_a_gpu_caches_have_a_fixed_size_but_for_linearized_models_which_capture_their_steps(monkeypatch, linearized):
+    kind = KitLlamaForCausalLM if linearized else LlamaForCausalLM
+    monkeypatch.setattr(kind, "device", torch.device("cuda"))
+    assert PlainRunner(kind.__new__(kind)).fixed != linearized
 
 
 def test_a_measurement_has_times_that_agree_and_the_bytes_of_the_cache():
