@@ -15,8 +15,8 @@ def operation(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..
     """Register a function as `torch.library.custom_op` does.
 
     torch takes 5 to 25 us to find a function that it already has, 0.3 ms a layer of a prompt, which is what short
-    prompts wait for. So it is asked only where it does something: gradients, torch.compile, modes and tensors of
-    subclasses that see every operation.
+    prompts wait for. So it is asked only where it does something: gradients, torch.compile, tracing, modes and
+    tensors of subclasses that see every operation.
 
     Args:
         name: with a namespace.
@@ -31,8 +31,9 @@ def operation(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            plain = not (torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode())
-            return function(*args) if plain and type(args[0]) is Tensor else registered(*args)
+            watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+            plain = not watched and not torch.is_grad_enabled() and type(args[0]) is Tensor
+            return function(*args) if plain else registered(*args)
 
         for attribute in ("register_fake", "register_autograd"):
             setattr(call, attribute, getattr(registered, attribute))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.modules import module as torch_module
 
 OUTPUT_HOOKS = "transformers.utils.output_capturing"  # whose hooks stay, and sleep unless outputs are asked for
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length
+ONE_AT_A_TIME = threading.RLock()  # captures: one waits for the whole device as it begins
 
 
 class StepGraph:
@@ -28,10 +30,10 @@ class StepGraph:
         with torch.inference_mode(False):  # so that they can be written to outside of that mode as well
             self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(  # meanwhile other threads may go on
+        capture = torch.cuda.graph(  # meanwhile other threads may go on, but not capture
             self.graph, stream=capture_stream(device), capture_error_mode="thread_local"
         )
-        with torch.cuda.device(device), capture:
+        with ONE_AT_A_TIME, torch.cuda.device(device), capture:
             self.output = run(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

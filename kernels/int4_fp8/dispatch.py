@@ -26,8 +26,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         with torch.cuda.device(device):
             return launch(kernel, grid, *args, **constants)
     key = (kernel, device, *map(_kind, args), *constants, *constants.values())
-    if key in _compiled:
-        compiled, values = _compiled[key]
+    known = _compiled.get(key)
+    if known is not None:
+        compiled, values = known
         compiled[(*grid, 1, 1)[:3]](*args, *values)
         return None
     compiled = kernel[grid](*args, **constants)

@@ -103,12 +103,14 @@ def _power_of_two(wanted: int, most: int) -> int:
 def is_async(x: Tensor, weight: PackedInt4, dtype: torch.dtype) -> bool:
     """Whether `linear_async` takes this product and is faster, as benchmarks/int4_fp8.py found.
 
-    It takes groups of 128, and rows of x and Y of whole 16 bytes, which the copy engine fetches and writes.
+    It takes groups of 128, rows of x and Y of whole 16 bytes, which the copy engine fetches and writes, and results in
+    16 or 32 bits.
     """
     rows, inputs = x.shape
     addresses = x.data_ptr() | weight.codes.data_ptr()
     aligned = inputs % 16 == addresses % 16 == weight.out_features * dtype.itemsize % 16 == 0
-    if not (HAS_GLUON and x.is_cuda and aligned and weight.codes.shape[-1] == TILE):
+    fits = aligned and weight.codes.shape[-1] == TILE and dtype.itemsize in (2, 4)
+    if not (HAS_GLUON and x.is_cuda and fits):
         return False
     tiles = weight.codes.shape[0]
     single, double = _waves(rows, tiles)
@@ -133,7 +135,10 @@ def linear(
 def linear_async(
     x: Tensor, x_scale: Tensor, weight: PackedInt4, bias: Tensor | None, dtype: torch.dtype, together: int = 8
 ) -> Tensor:
-    """`linear` by the kernel in Gluon, of what `is_async` says that it takes; `together` blocks of tokens at a time."""
+    """`linear` by the kernel in Gluon, of weights and results as `is_async` has them.
+
+    Weights go through for `together` blocks of tokens at a time.
+    """
     rows, outputs = len(x), weight.out_features
     tiles, groups, _, half = weight.codes.shape
     row_blocks, token_blocks = ceil_div(tiles, 2), ceil_div(rows, ASYNC_TOKENS)

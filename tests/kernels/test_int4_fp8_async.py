@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kit.kernels.int4_fp8 import int4_fp8_linear, int4_fp8_swiglu, prepack, quantize_fp8, swiglu_quantize
+from kit.kernels.int4_fp8 import int4_fp8_linear, int4_fp8_swiglu, prepack, quantize_fp8
 from kit.kernels.int4_fp8.linear import HAS_TRITON
 
 if not HAS_TRITON:
@@ -129,14 +129,15 @@ def test_compiled_code_calls_it():
 
 
 @on_hopper
-@pytest.mark.parametrize("tokens", [200, 512, 3000])
-def test_swiglu_of_it_takes_another_launch_and_has_the_same_bits(tokens):
-    packed, _ = weight(8448, 256)
-    x = inputs_of(tokens, 256)
+def test_swiglu_of_it_is_another_launch():
+    """What the plain kernel would have done in one, within the rounding of gates and ups to bf16."""
+    packed, exact = weight(8448, 256)
+    x = inputs_of(512, 256)
+    assert is_async(x[0], packed, torch.bfloat16)
+    assert linear_launch.gated(*x, packed, None, torch.bfloat16) is None
     codes, scale = int4_fp8_swiglu(x, packed)
-    expected = swiglu_quantize(int4_fp8_linear(x, packed))
-    assert torch.equal(codes.view(torch.uint8), expected[0].view(torch.uint8))
-    assert torch.equal(scale, expected[1])
+    gate, up = product(x, exact).chunk(2, 1)
+    assert error(codes.double() * scale.double()[:, None], torch.nn.functional.silu(gate) * up) < 0.04  # FP8's rounding
 
 
 def test_it_is_left_to_the_plain_kernel_what_the_copy_engine_refuses_or_that_is_faster(monkeypatch):
