@@ -14,10 +14,10 @@ PACKAGES = ("kit", "torch", "transformers", "peft", "accelerate", "datasets", "s
 
 
 def peak_memory() -> int:
-    """Peak memory in bytes since `reset_peak_memory`: of the GPU where one was in use, else of this process."""
+    """Peak memory in bytes since `reset_peak_memory`: of the GPU that held most, else of this process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak = int(torch.cuda.max_memory_allocated())
+        peak = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
         if peak:
             return peak
     status = Path("/proc/self/status")
@@ -33,7 +33,8 @@ def reset_peak_memory() -> None:
     """Start a new peak (GPU, and the process on Linux; elsewhere the process's peak is over its whole life)."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

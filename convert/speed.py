@@ -110,7 +110,9 @@ def runner_of(model: Any) -> FusedRunner | PlainRunner:
 def measure(
     model: Any, *, batch: int, context: int, new_tokens: int, repeats: int = 3, seed: int = 0, graphs: bool = True
 ) -> dict[str, Any]:
-    """Time a prompt of `context` random tokens a row, then decoding.
+    """Time a prompt of `context` random tokens a row, then decoding, whose steps `graphs` captures.
+
+    Linearized models capture theirs by themselves.
 
     Returns:
         prefill_ms (of the prompt), ttft_ms (from token ids on the host to the first new one there), decode_ms (a step),

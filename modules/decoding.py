@@ -112,7 +112,8 @@ def can_decode(layer: Any, mixer: Any, softcap: float | None) -> bool:
     group, dim = opts.num_heads // opts.num_key_value_heads, opts.head_dim
     keys = 2 ** (mixer.window_size + mixer.num_sinks - 1).bit_length() if mixer.ring else 0
     sizes = {dim} | ({mixer.features} if mixer.features else set())
-    return sizes <= {32, 64, 128, 256} and group <= 16 and keys <= 512 and keys * dim <= MOST_NUMBERS
+    fit = keys <= 512 and keys * dim <= MOST_NUMBERS and (mixer.window_size < 512 or not mixer.ring)
+    return sizes <= {32, 64, 128, 256} and group <= 16 and fit
 
 
 def as_configured(layer: Any, mixer: Any) -> bool:

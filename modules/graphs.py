@@ -30,10 +30,11 @@ class StepGraph:
         with torch.inference_mode(False):  # so that they can be written to outside of that mode as well
             self.inputs = [x.clone() for x in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(  # meanwhile other threads may go on, but not capture
+        capture = torch.cuda.graph(  # meanwhile other threads may launch, but neither capture nor draw random numbers
             self.graph, stream=capture_stream(device), capture_error_mode="thread_local"
         )
-        with ONE_AT_A_TIME, torch.cuda.device(device), capture:
+        here = torch.cuda.stream(torch.cuda.current_stream(device))  # comes back even if the capture cannot be ended
+        with ONE_AT_A_TIME, torch.cuda.device(device), here, capture:
             self.output = run(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:

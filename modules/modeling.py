@@ -169,6 +169,7 @@ class LinearizedModel(LinearizedPreTrained):
 
     attention_class: type
     masks_by_layer_type: bool  # some families look their mask up by `layer_types`
+    replay_steps = True  # single tokens as CUDA graphs where they can be (`kit.modules.replay`)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]

@@ -1,15 +1,17 @@
 """Single tokens of linearized models as CUDA graphs: a step of the model, from embedding to final norm, replayed.
 
-A step in ring form (`kit.modules.decoding`) launches the same kernels on the same memory each time. So the third step
+A step in ring form (`kit.modules.decoding`) launches the same kernels on the same memory each time. So the second step
 that finds a cache where it was is captured, and later ones are replayed as long as nothing has changed that a graph
 cannot see: the cache's tensors, the model's modules and the addresses of its weights, hooks, switches. Where something
-has, steps run as they are, and two of them later a graph is captured anew. Beam search moves a cache every step and
-captures nothing; a layer kept full, whose keys grow, keeps its model from it.
+has, a step runs as it is, and the next one that can be is captured anew. Beam search moves a cache every step and
+captures nothing; a layer kept full, whose keys grow, keeps its model from it. `model.base_model.replay_steps = False`
+turns it off for a model: threads that sample while another one captures need that.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +32,8 @@ class Steps:
     """How the single tokens of one cache run; the cache has it as `kit_steps`, and copies of a cache begin anew."""
 
     def __init__(self) -> None:
-        self.plain = 0  # steps in a row that found the cache where it was
+        self.plain = 0  # steps in a row that found the cache where it was, and could have been captured
+        self.failed = False  # once a capture has failed, none is tried again
         self.replay: Replay | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -150,7 +153,7 @@ def take_step(model: Any, cache: Any, name: str, forward: Callable[..., Any], *i
         forward: what runs otherwise, and is captured; it gets the inputs.
         inputs: token (B, 1), place (1 or B, 1), and number of tokens before it (B,).
     """
-    if _capturing():  # for the caller, whose graph ours would spoil if it were freed now
+    if not model.replay_steps or _capturing():  # for the caller, whose graph ours would spoil if it were freed now
         return forward(*inputs)
     steps = getattr(cache, "kit_steps", None)
     if steps is None:
@@ -158,13 +161,17 @@ def take_step(model: Any, cache: Any, name: str, forward: Callable[..., Any], *i
     if steps.replay is not None and not steps.replay.stands(model, cache, inputs):
         steps.replay, steps.plain = None, 0
     if steps.replay is None:
-        steps.plain = steps.plain + 1 if all(stayed(layer) for layer in cache.layers) else 0
-        if steps.plain < PLAIN_STEPS or not _can_be_captured(model, cache, inputs):
+        ready = all(stayed(layer) for layer in cache.layers) and _can_be_captured(model, cache, inputs)
+        steps.plain = steps.plain + 1 if ready and not steps.failed else 0
+        if steps.plain < PLAIN_STEPS:
             return forward(*inputs)
         try:
             steps.replay = Replay(model, cache, forward, inputs)
-        except torch.OutOfMemoryError:
-            steps.plain = 0
+        except RuntimeError as error:  # CUDA's and lack of memory are of that kind
+            steps.failed, steps.plain = True, 0
+            warnings.warn(
+                f"steps of this cache run without a CUDA graph, which could not be captured: {error}", stacklevel=2
+            )
             return forward(*inputs)
     return steps.replay(cache, name, inputs)
 
@@ -188,7 +195,7 @@ def _undisturbed(parts: Parts) -> bool:
     """Whether a model does what its code says, and nobody watches it."""
     if torch._C._len_torch_dispatch_stack() or torch.is_autocast_enabled("cuda"):
         return False
-    if any(module.training or "forward" in module.__dict__ for module in parts.modules):
+    if any(module.training or "forward" in module.__dict__ or module._compiled_call_impl for module in parts.modules):
         return False
     return not hooked(parts.modules)
 

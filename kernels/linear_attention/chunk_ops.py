@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from kit.kernels.linear_attention.chunk_kernel import chunk_outputs, chunk_states
-from kit.kernels.linear_attention.launch import Blocks, empty_heads, num_splits, on_device_of, scan, triton
+from kit.kernels.linear_attention.launch import (
+    Blocks,
+    empty_heads,
+    num_splits,
+    on_device_of,
+    scan,
+    since_ampere,
+    triton,
+)
 
 EVERY = 2  # blocks of queries from one kept state to the next
 
@@ -21,6 +29,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, map_k: Tensor, window: int, terrace: 
         fit = max(*dims, features) <= 128
     else:  # compiled for 64 features, Triton 3.6 reads memory that is not ours
         fit = features == 128 and max(dims) <= 128 and min(dims) >= 64
+    fit = fit and (not q.is_cuda or since_ampere(q.device))
     return fit and scale > 0 and not terrace and window % _rows(q) == 0 and k.shape[2] == q.shape[2] > window
 
 

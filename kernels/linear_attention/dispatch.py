@@ -73,13 +73,18 @@ def _chosen(backend: str | None, v: Tensor) -> TritonOps | None:
 
 def step_ops(v: Tensor) -> StepOps | None:
     """The decoding steps if they are to be used for values like these, else None."""
-    if not v.is_cuda or v.dtype != torch.bfloat16:
-        return None
+    return _step_ops(v.device) if v.is_cuda and v.dtype == torch.bfloat16 else None
+
+
+@functools.cache
+def _step_ops(device: torch.device) -> StepOps | None:
+    """The decoding steps of a device; they need NVIDIA's, from Ampere on: others share too little memory."""
     try:
         from kit.kernels.linear_attention.decode_ops import HybridState, gated_step, hybrid_step
+        from kit.kernels.linear_attention.launch import since_ampere
     except ImportError:
         return None
-    return StepOps(hybrid_step, gated_step, HybridState)
+    return StepOps(hybrid_step, gated_step, HybridState) if since_ampere(device) else None
 
 
 @functools.cache

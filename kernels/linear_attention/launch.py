@@ -6,6 +6,7 @@ a hash of these sources: a checkpoint brings its own copy of them, which may dif
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,12 @@ def namespace(file: str, *functions: Any) -> str:
     """Name for torch.library: `kit_` and a hash of a file and of those that define some functions or kernels."""
     files = sorted({file, *(getattr(function, "fn", function).__code__.co_filename for function in functions)})
     return "kit_" + hashlib.sha256(b"".join(Path(name).read_bytes() for name in files)).hexdigest()[:12]
+
+
+@functools.cache
+def since_ampere(device: torch.device) -> bool:
+    """Whether a CUDA device is NVIDIA's, and at least of the generation Ampere."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass(frozen=True)

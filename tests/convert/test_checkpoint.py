@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import kit
-from kit.convert.checkpoint import DTYPES, TensorInfo, check_matches_config, open_checkpoint
+from kit.convert.checkpoint import DTYPES, TensorInfo, check_matches_config, exact_attention, open_checkpoint
 from kit.convert.errors import ExitCode, KitError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -673,3 +673,14 @@ def test_a_gguf_holds_the_model_that_it_was_made_from(tmp_path, monkeypatch, arc
     with torch.no_grad():
         loaded = kit.load(str(tmp_path / "tiny.gguf"), dtype="float32")
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_capped_scores_are_asked_for_where_transformers_would_drop_the_cap(make_model, monkeypatch):
+    from transformers import Gemma2PreTrainedModel
+
+    capped = {"attn_logit_softcapping": 4.0}
+    assert exact_attention(capped) == exact_attention({"text_config": capped}) == {"attn_implementation": "eager"}
+    assert exact_attention({"attn_logit_softcapping": None}) == exact_attention({}) == {}
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as before 5.21
+    model = open_checkpoint(str(make_model("gemma2", **capped))).load_model(torch.float32, "cpu")
+    assert model.config._attn_implementation == "eager"

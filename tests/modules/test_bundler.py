@@ -31,9 +31,9 @@ import sys
 sys.modules["kit"] = None
 import bundled.kit_modules_modeling as m
 print(m.KitLlamaForCausalLM)
-import torch, types
-from bundled.kit_kernels_linear_attention_dispatch import step_ops
-print(step_ops(types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)))
+from bundled.kit_kernels_linear_attention_dispatch import _step_ops, torch
+torch.cuda.get_device_capability = lambda device: (8, 0)
+print(_step_ops(torch.device("cuda")))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "bundled.kit_modules_modeling.KitLlamaForCausalLM" in done.stdout, done.stderr

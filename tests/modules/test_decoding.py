@@ -38,7 +38,7 @@ KINDS = {
 
 
 def make(kind, cached=None):
-    section = KINDS[kind] | {"feature_dim": 16, "window_size": WINDOW}
+    section = {"feature_dim": 16, "window_size": WINDOW} | KINDS[kind]
     layers = [{"full": "full_attention"}.get(mixer, "hybrid_sliding") for mixer in section["mixers"]]
     config = modeling.KitLlamaConfig(
         hidden_size=48,
@@ -263,3 +263,16 @@ def test_it_takes_cuda_and_bf16_only(monkeypatch):
     with torch.no_grad():
         run(model, ids, [10, 1, 1], cache)
     assert not any(decoding.in_ring_form(layer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "takes"), [(511, 0, True), (508, 4, True), (512, 0, False), (509, 4, False)]
+)
+def test_windows_that_the_kernels_do_not_hold_take_the_other_path(window, sinks, takes, monkeypatch):
+    """What `can_decode` lets through `hybrid_step` takes: 511 keys, of which the ring has one more."""
+    monkeypatch.setitem(KINDS, "wide", {"mixers": ["window"], "num_sinks": sinks, "window_size": window})
+    model, ids = make("wide", cached=window), tokens(12)
+    cache = cache_of(model)
+    with torch.no_grad():
+        run(model, ids, [10, 1, 1], cache)
+    assert decoding.in_ring_form(cache.layers[0]) == takes

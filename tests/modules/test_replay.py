@@ -353,6 +353,28 @@ def test_a_step_captured_in_inference_mode_is_replayed_outside_of_it(graphs, pla
     assert graphs.captured == 1
 
 
+def test_a_failed_capture_leaves_steps_as_they_are(plain, monkeypatch):
+    model, ids = make(), tokens(20)
+    sizes, tries = [10, *[1] * (PLAIN + 3)], []
+    want = plain(run, model, ids, sizes, cache_of(model))
+
+    def fail(*_):
+        tries.append(1)
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(replay, "StepGraph", fail)
+    with pytest.warns(UserWarning, match="not permitted"):
+        same(run(model, ids, sizes, cache_of(model)), want)
+    assert len(tries) == 1
+
+
+def test_it_can_be_turned_off(graphs):
+    model, ids = make(), tokens(20)
+    model.base_model.replay_steps = False
+    run(model, ids, [10, *[1] * (PLAIN + 3)], cache_of(model))
+    assert not graphs.captured
+
+
 def test_the_base_model_alone_names_the_cache_as_usual(graphs):
     model, ids = make().model, tokens(16)
     cache, found = DynamicCache(config=model.config), []
