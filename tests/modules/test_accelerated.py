@@ -606,8 +606,8 @@ def test_a_step_captured_in_inference_mode_is_replayed_outside_of_it(make, monke
             replays.append(cache.graph.inputs[0].clone())
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    for name in ("device", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(graphs, "capture_stream", lambda _: None)
     model.fused.graphs, cache = True, FusedCache(64)
     with torch.inference_mode():
