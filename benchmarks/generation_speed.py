@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from kit.convert.measure import hardware
 from kit.convert.recipe import ModelFacts
 from kit.convert.shapes import shape_config
-from kit.modules import decoding, linear_attention, modeling, replay
+from kit.modules import decoding, linear_attention, modeling
 from kit.recipes import load_recipes
 
 
@@ -56,16 +56,6 @@ def without_kernels() -> Iterator[None]:
     finally:
         for module, ops in zip(modules, before, strict=True):
             module.step_ops = ops
-
-
-@contextmanager
-def without_graphs() -> Iterator[None]:
-    """Steps of linearized models run as they are."""
-    before, replay.PLAIN_STEPS = replay.PLAIN_STEPS, 10**9
-    try:
-        yield
-    finally:
-        replay.PLAIN_STEPS = before
 
 
 def tokens(batch: int, length: int, device: str, seed: int = 1) -> Tensor:
@@ -157,8 +147,9 @@ def main() -> None:
     for recipe in options.recipes:
         model = build(recipe, changes, options.device)
         note(model, recipe, "kernels in CUDA graphs")
-        with without_graphs():
-            note(model, recipe, "kernels")
+        model.base_model.replay_steps = False
+        note(model, recipe, "kernels")
+        model.base_model.replay_steps = True
         with without_kernels():
             note(model, recipe, "PyTorch")
         ids, more = (tokens(2, length, options.device, length) for length in (options.prompt, 100))
